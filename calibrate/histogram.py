@@ -1,0 +1,123 @@
+"""Streaming histograms of activations: constant memory, one pass, any loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+
+BINS = 1024
+
+
+class Histogram:
+    """Counts of max(x, 0) per channel in ``BINS`` equal bins from 0; the range doubles when it must.
+
+    Attributes:
+        counts: [C, BINS], how many values (or what probability) lie in each bin; zeros and negative
+            values are in ``total`` only.
+        width: [C], a channel's bin width, in the unit of the activation; 0 before the first positive value.
+        total: number of values per channel.
+        maximum: [C], exact.
+    """
+
+    def __init__(self, counts: Tensor, width: Tensor, total: float, maximum: Tensor) -> None:
+        self.counts, self.width, self.total, self.maximum = counts, width, total, maximum
+
+    @classmethod
+    def empty(cls, channels: int, device: torch.device) -> Histogram:
+        """Return a histogram that has seen nothing."""
+        zeros = torch.zeros(channels, device=device)
+        return cls(torch.zeros(channels, BINS, device=device, dtype=torch.float64), zeros, 0.0, zeros.clone())
+
+    def add(self, x: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            x: pre-activations [N, C, *F].
+
+        Raises:
+            CalibrationError: for NaN or infinite values.
+        """
+        channels = x.shape[1]
+        values = x.detach().float().transpose(0, 1).reshape(channels, -1)
+        top = values.amax(1)
+        if not (torch.isfinite(top).all() and torch.isfinite(values.amin())):
+            raise CalibrationError("the activation has NaN or infinite values; expected finite ones. Check the data.")
+        self._grow(top.clamp_min(0))
+        self.total += values.shape[1]
+        scale = torch.where(self.width > 0, 1 / self.width.clamp_min(1e-38), torch.zeros_like(self.width))
+        index = (values * scale[:, None]).ceil_().long().sub_(1).clamp_(max=BINS - 1)
+        positive = index >= 0
+        index += torch.arange(channels, device=x.device)[:, None] * BINS
+        self.counts += torch.bincount(index[positive], minlength=channels * BINS).reshape(channels, BINS)
+
+    def _grow(self, top: Tensor) -> None:
+        """Make every channel's range reach ``top`` by doubling, which merges pairs of bins exactly."""
+        self.maximum = torch.maximum(self.maximum, top)
+        fresh = (self.width == 0) & (top > 0)
+        self.width = torch.where(fresh, top / BINS, self.width)
+        while (short := top > self.width * BINS * (1 + 1e-6)).any():
+            merged = self.counts[short].reshape(-1, BINS // 2, 2).sum(2)
+            self.counts[short] = torch.cat([merged, torch.zeros_like(merged)], 1)
+            self.width = torch.where(short, self.width * 2, self.width)
+
+    def centers(self) -> Tensor:
+        """Return the middle of every bin, [C, BINS]."""
+        return (torch.arange(BINS, device=self.width.device, dtype=self.width.dtype) + 0.5) * self.width[:, None]
+
+    def merged(self) -> Histogram:
+        """Return one histogram [1, BINS] of all channels; values move by at most half a bin."""
+        width = self.width.max().reshape(1)
+        result = Histogram.empty(1, self.width.device)
+        result.width, result.total = width, self.total * len(self.width)
+        result.maximum = self.maximum.max().reshape(1)
+        if width > 0:
+            index = (self.centers() / width).long().clamp_(max=BINS - 1)
+            result.counts[0].scatter_add_(0, index.flatten(), self.counts.flatten())
+        return result
+
+
+def observe(model: nn.Module, paths: Sequence[str], batches: Iterable[Any]) -> tuple[dict[str, Histogram], int]:
+    """Run ``model`` over the data and count what each activation receives.
+
+    Args:
+        model: a prepared network.
+        paths: its activations to watch.
+        batches: tensors [N, *F], or tuples whose first entry is one.
+
+    Returns:
+        A histogram for each path, and the number of samples seen.
+
+    Raises:
+        CalibrationError: for values that are not finite, with the activation's path, or without any sample.
+    """
+    histograms: dict[str, Histogram] = {}
+
+    def watch(path: str, x: Tensor) -> None:
+        if path not in histograms:
+            histograms[path] = Histogram.empty(x.shape[1], x.device)
+        try:
+            histograms[path].add(x)
+        except CalibrationError as error:
+            raise CalibrationError(f"{path}: {error}") from None
+
+    samples = 0
+    parameter = next(model.parameters(), torch.empty(()))
+    with ExitStack() as stack, torch.no_grad():
+        for path in paths:
+            handle = model.get_submodule(path).register_forward_pre_hook(
+                lambda _module, args, path=path: watch(path, args[0])  # type: ignore[misc]
+            )
+            stack.callback(handle.remove)
+        for batch in batches:
+            x = batch if isinstance(batch, Tensor) else batch[0]
+            model(x.to(parameter))
+            samples += len(x)
+    if samples == 0:
+        raise CalibrationError("the calibration data gave no batch; expected at least one sample. Check the data set.")
+    return histograms, samples

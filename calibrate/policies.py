@@ -1,0 +1,113 @@
+"""Threshold policies: each a frozen type that turns a histogram of activations into θ, knowing T."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..qcfs import quantize
+from ..sites import PerChannel, PerLayer
+from .histogram import Histogram
+
+GRID = 128
+
+
+class Policy(Protocol):
+    """What every policy offers."""
+
+    needs_data: ClassVar[bool]
+
+    @property
+    def granularity(self) -> PerLayer | PerChannel:
+        """One θ for each channel, or one for the layer."""
+        ...
+
+    def threshold(self, histogram: Histogram, timesteps: int) -> Tensor:
+        """Return θ for each channel of the histogram, [C]; 0 where a channel was never positive."""
+        ...
+
+
+@dataclass(frozen=True)
+class Max:
+    """θ = the largest activation seen (Diehl et al. 2015, data-based normalisation); the same for every T."""
+
+    granularity: PerLayer | PerChannel = field(default_factory=PerChannel)
+    needs_data: ClassVar[bool] = True
+
+    def threshold(self, histogram: Histogram, timesteps: int) -> Tensor:
+        """Return the exact maximum."""
+        return histogram.maximum
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """θ = the P-th percentile of the activations, zeros included (Rueckauer et al. 2017), to bin width.
+
+    Attributes:
+        percent: P in (0, 100].
+    """
+
+    percent: float = 99.9
+    granularity: PerLayer | PerChannel = field(default_factory=PerChannel)
+    needs_data: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.percent <= 100:
+            raise ArgumentError(f"Percentile: {self.percent} came; expected a number above 0 and at most 100.")
+
+    def threshold(self, histogram: Histogram, timesteps: int) -> Tensor:
+        """Return the upper edge of the bin that holds the percentile."""
+        zeros = histogram.total - histogram.counts.sum(1, keepdim=True)
+        below = zeros + histogram.counts.cumsum(1)
+        reached = below >= histogram.total * self.percent / 100 - 1e-9
+        edge = (reached.to(torch.int64).argmax(1) + 1).to(histogram.width.dtype) * histogram.width
+        return torch.minimum(edge, histogram.maximum)
+
+
+def least_error(histogram: Histogram, timesteps: int) -> Tensor:
+    """Return the θ of a grid in (0, maximum] with the least Σ (x − q(x))², q with L = T, [C]."""
+    centers, counts = histogram.centers().double(), histogram.counts
+    best = histogram.maximum.double()
+    least = torch.full_like(best, torch.inf)
+    for step in range(1, GRID + 1):
+        theta = histogram.maximum.double() * step / GRID
+        error = ((centers - quantize(centers, theta.clamp_min(1e-30)[:, None], timesteps)) ** 2 * counts).sum(1)
+        better = error < least
+        least, best = torch.where(better, error, least), torch.where(better, theta, best)
+    return best.to(histogram.maximum.dtype)
+
+
+@dataclass(frozen=True)
+class MinError:
+    """θ with the least squared error of the quantised ReLU with L = T levels over the activations seen.
+
+    The neuron with v_init = θ/2 answers a constant current with just these levels, so this is the clipping
+    and rounding error at the given T (the layer-wise error of Deng & Gu 2021 and Li et al. 2021).
+    """
+
+    granularity: PerLayer | PerChannel = field(default_factory=PerChannel)
+    needs_data: ClassVar[bool] = True
+
+    def threshold(self, histogram: Histogram, timesteps: int) -> Tensor:
+        """Return the best θ of a grid of 128 steps up to the maximum."""
+        return least_error(histogram, timesteps)
+
+
+@dataclass(frozen=True)
+class BatchNormStatistics:
+    """θ as :class:`MinError`, over the activations that BatchNorm's parameters predict; needs no data (ours).
+
+    Behind a BatchNorm the pre-activation of a channel is taken as normal with mean = bias and standard
+    deviation = |weight|; :mod:`lmh.calibrate.statistics` carries both through the rest of the graph.
+    """
+
+    granularity: PerLayer | PerChannel = field(default_factory=PerChannel)
+    needs_data: ClassVar[bool] = False
+
+    def threshold(self, histogram: Histogram, timesteps: int) -> Tensor:
+        """Return the best θ of a grid over the predicted distribution."""
+        return least_error(histogram, timesteps)

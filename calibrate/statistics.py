@@ -1,0 +1,175 @@
+"""Mean and variance of every activation from BatchNorm's parameters alone, without data.
+
+Behind a BatchNorm, channel c has mean bias_c and variance weight_c². From there both are carried forward,
+with values taken as independent and normal: through sums (they add), concat, linear nodes (weights, and
+weights squared), average pools (mean kept, variance kept, as neighbours are alike), max-pools (moments of
+the largest of k normal values) and activations (moments of the rectified normal).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..ops import (
+    BATCHNORM_MODULES,
+    DROPOUT_MODULES,
+    SYNAPSE_MODULES,
+    Kind,
+    argument,
+    kind_of,
+    module_of,
+)
+from ..records import Prepared
+from ..shapes import node_values
+from .histogram import BINS, Histogram
+
+
+class Moments(NamedTuple):
+    """Mean and variance per channel, both [C]."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def predicted_histograms(prepared: Prepared) -> tuple[dict[str, Histogram], list[str]]:
+    """Return a histogram for every spiking activation whose statistics are known, and the other paths."""
+    values = node_values(prepared.model, (2, *prepared.sample_shape))
+    moments: dict[fx.Node, Moments | None] = {}
+    known: dict[str, Histogram] = {}
+    unknown: list[str] = []
+    for node in prepared.model.graph.nodes:
+        moments[node] = _carry(node, moments, values)
+        if node.target in prepared.spiking:
+            before = moments[node.all_input_nodes[0]]
+            if before is None:
+                unknown.append(str(node.target))
+            else:
+                known[str(node.target)] = normal_histogram(before)
+    return known, unknown
+
+
+def normal_histogram(moments: Moments) -> Histogram:
+    """Return the positive part of a normal distribution as a histogram that reaches mean + 4 deviations."""
+    mean, deviation = moments.mean.double(), moments.variance.double().clamp_min(1e-12).sqrt()
+    maximum = (mean + 4 * deviation).clamp_min(0)
+    result = Histogram.empty(len(mean), mean.device)
+    result.width = (maximum / BINS).float()
+    result.maximum = maximum.float()
+    result.total = 1.0
+    edges = torch.arange(BINS + 1, device=mean.device) * (maximum / BINS)[:, None]
+    result.counts = torch.special.ndtr((edges - mean[:, None]) / deviation[:, None]).diff(dim=1)
+    return result
+
+
+def rectified(moments: Moments) -> Moments:
+    """Mean and variance of max(X, 0) for a normal X: μΦ(z) + σφ(z) and E[X₊²] − mean², z = μ/σ."""
+    mean, deviation = moments.mean, moments.variance.clamp_min(1e-12).sqrt()
+    z = mean / deviation
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    mass = torch.special.ndtr(z)
+    first = mean * mass + deviation * density
+    second = (mean * mean + moments.variance) * mass + mean * deviation * density
+    return Moments(first, (second - first * first).clamp_min(0))
+
+
+@lru_cache
+def largest_of(count: int) -> tuple[float, float]:
+    """Mean and variance of the largest of ``count`` independent standard normal values, by quadrature."""
+    x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    mass = torch.special.ndtr(x) ** count
+    weight, middle = mass.diff(), (x[1:] + x[:-1]) / 2
+    mean = float((weight * middle).sum())
+    return mean, float((weight * middle**2).sum()) - mean * mean
+
+
+def _carry(
+    node: fx.Node, moments: dict[fx.Node, Moments | None], values: dict[fx.Node, Any]
+) -> Moments | None:
+    module = module_of(node)
+    if isinstance(module, BATCHNORM_MODULES):
+        return _batchnorm(module)
+    inputs = [moments[source] for source in node.all_input_nodes if kind_of(source) is not Kind.SIZE]
+    known = [entry for entry in inputs if entry is not None]
+    if not known or len(known) != len(inputs):
+        return None
+    shape = getattr(values[node], "shape", ())
+    match kind_of(node):
+        case Kind.ACTIVATION:
+            return rectified(known[0])
+        case Kind.SYNAPSE if isinstance(module, SYNAPSE_MODULES):
+            return _weighted(module, known[0])
+        case Kind.MAXPOOL:
+            mean, variance = largest_of(_window(node, values))
+            deviation = known[0].variance.sqrt()
+            return Moments(known[0].mean + mean * deviation, known[0].variance * variance)
+        case Kind.AFFINE if _is_sum(node):
+            return Moments(sum(entry.mean for entry in known), sum(entry.variance for entry in known))  # type: ignore[arg-type]
+        case Kind.AFFINE | Kind.SHAPE:
+            return _moved(node, known, shape)
+    return None
+
+
+def _batchnorm(module: nn.Module) -> Moments | None:
+    weight, bias = module.weight, module.bias
+    if weight is None or bias is None:
+        zeros = torch.zeros_like(module.running_mean) if module.running_mean is not None else None  # type: ignore[arg-type, call-overload]
+        return None if zeros is None else Moments(zeros, torch.ones_like(zeros))
+    return Moments(bias.detach(), weight.detach() ** 2)  # type: ignore[operator]
+
+
+def _is_sum(node: fx.Node) -> bool:
+    adds = node.target in (operator.add, operator.iadd, torch.add, "add", "add_")
+    return adds and all(isinstance(arg, fx.Node) for arg in node.args[:2])
+
+
+def _weighted(module: nn.Module, before: Moments) -> Moments | None:
+    weight = module.weight.detach()  # type: ignore[operator, union-attr]
+    transposed = "Transpose" in type(module).__name__
+    groups = getattr(module, "groups", 1)
+    if transposed:
+        return None
+    kernel = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+    squared = (weight**2).flatten(2).sum(2) if weight.ndim > 2 else weight**2
+    if len(before.mean) != kernel.shape[1] * groups:
+        return None
+    mean = _grouped(kernel, before.mean, groups)
+    variance = _grouped(squared, before.variance, groups)
+    bias = module.bias
+    return Moments(mean if bias is None else mean + bias.detach(), variance)  # type: ignore[operator, union-attr]
+
+
+def _grouped(matrix: Tensor, vector: Tensor, groups: int) -> Tensor:
+    outputs = matrix.reshape(groups, -1, matrix.shape[1])
+    return torch.einsum("goi,gi->go", outputs, vector.reshape(groups, -1)).flatten()
+
+
+def _window(node: fx.Node, values: dict[fx.Node, Any]) -> int:
+    before, after = values[node.all_input_nodes[0]], values[node]
+    module = module_of(node)
+    size = getattr(module, "kernel_size", None) if module is not None else argument(node, 1, "kernel_size")
+    if isinstance(size, int):
+        return size ** (before.ndim - 2)
+    if isinstance(size, tuple):
+        return math.prod(size)
+    return max(1, round(before[0].numel() / after[0].numel()))
+
+
+def _moved(node: fx.Node, known: list[Moments], shape: tuple[int, ...]) -> Moments | None:
+    """Carry moments through pools, dropout, concat and flattening, where axis 1 tells what happened."""
+    if isinstance(module_of(node), DROPOUT_MODULES):
+        return known[0]
+    if len(shape) < 2:
+        return None
+    mean, variance = (torch.cat([entry[i] for entry in known]) for i in (0, 1))
+    if len(mean) == shape[1]:
+        return Moments(mean, variance)
+    if len(known) == 1 and shape[1] % len(mean) == 0:
+        repeats = shape[1] // len(mean)
+        return Moments(mean.repeat_interleave(repeats), variance.repeat_interleave(repeats))
+    return None

@@ -1,0 +1,11 @@
+"""Conversion: from any pretrained ANN to a spiking network, and back from a file."""
+
+from .loading import Source, load_source
+from .pipeline import Conversion, Recipe, assemble, convert
+from .prepare import prepare
+from .rules import DEFAULT_RULES, as_neuron, from_qcfs, keep
+from .spike import DirectCoding, EventFrames
+from .storage import load, save
+
+__all__ = ["DEFAULT_RULES", "Conversion", "DirectCoding", "EventFrames", "Recipe", "Source", "as_neuron", "assemble",
+           "convert", "from_qcfs", "keep", "load", "load_source", "prepare", "save"]  # fmt: skip

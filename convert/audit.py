@@ -1,0 +1,189 @@
+"""The audit: every node of a traced graph against the rules, all refusals at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from ..errors import ArgumentError
+from ..ops import Kind, activation_module, argument, kind_of, label, module_of
+from ..records import Keep, NodeFate, Spike
+from ..shapes import BATCHES, batch_use, node_values
+from .rules import Rules
+
+Decisions = dict[fx.Node, Spike | Keep]
+_AFTER_READOUT = (Kind.READOUT, Kind.OUTPUT)
+
+
+def audit(
+    model: fx.GraphModule, rules: Rules, sample_shape: Sequence[int]
+) -> tuple[Decisions, list[NodeFate], list[str]]:
+    """Look at every node and change nothing.
+
+    Args:
+        model: a traced ANN without in-place nodes.
+        rules: from activation type to rule.
+        sample_shape: shape of one input sample.
+
+    Returns:
+        What the rules say for each activation node, the fate of every node, and a line for each problem.
+    """
+    decisions: Decisions = {}
+    fates: list[NodeFate] = []
+    problems: list[str] = []
+    for node in model.graph.nodes:
+        fate = "unchanged"
+        try:
+            decision = _decide(node, rules)
+        except ArgumentError as error:
+            problems.append(str(error))
+            fate = "refused"
+        else:
+            if decision is not None:
+                decisions[node] = decision
+                fate = "converted" if isinstance(decision, Spike) else "kept"
+        fates.append(NodeFate(label(node), describe(node), fate))
+    problems += [problem for node in model.graph.nodes if (problem := _pool_problem(node, decisions))]
+    problems += _structure_problems(model)
+    if not problems:
+        problems += batch_problems(model, sample_shape)
+    if not any(isinstance(decision, Spike) for decision in decisions.values()) and not problems:
+        problems.append(
+            "the network has no activation that becomes a neuron; expected at least one ReLU or QCFS. "
+            "Pass rules={MyActivation: as_neuron} for an activation of your own."
+        )
+    return decisions, fates, problems
+
+
+def describe(node: fx.Node) -> str:
+    """Return what a node is, in words a user knows: ``torch.nn.GELU``, ``torch.softmax``, ``.view()``."""
+    module = module_of(node)
+    if module is not None:
+        kind = type(module)
+        return f"torch.nn.{kind.__name__}" if kind.__module__.startswith("torch.nn") else kind.__qualname__
+    if node.op == "call_method":
+        return f".{node.target}()"
+    if node.op == "call_function":
+        target: Any = node.target
+        home = (getattr(target, "__module__", "") or "torch").replace("_operator", "operator")
+        return f"{home}.{getattr(target, '__name__', target)}"
+    return node.op
+
+
+def _decide(node: fx.Node, rules: Rules) -> Spike | Keep | None:
+    """Apply the rules to one node; None for nodes that need none.
+
+    Raises:
+        ArgumentError: with the problem's text.
+    """
+    kind = kind_of(node)
+    module = module_of(node)
+    ruled = module is not None and type(module) in rules
+    if kind is Kind.READOUT and not ruled and all(kind_of(user) in _AFTER_READOUT for user in node.users):
+        return None
+    if not ruled and kind not in (Kind.ACTIVATION, Kind.READOUT, Kind.UNKNOWN):
+        return None
+    activation = activation_module(node) if kind is Kind.ACTIVATION else module
+    if activation is not None and type(activation) in rules:
+        return rules[type(activation)](activation)
+    raise ArgumentError(_refusal(node, kind, activation, rules))
+
+
+def _refusal(node: fx.Node, kind: Kind, activation: nn.Module | None, rules: Rules) -> str:
+    supported = ", ".join(rule.__name__ for rule in rules)
+    if activation is not None:
+        name = type(activation).__name__
+        shown = f"torch.nn.{name}" if type(activation).__module__.startswith("torch.nn") else name
+        return (
+            f"{label(node)}: no rule for {shown} (supported: {supported}). "
+            f"Pass rules={{{shown.replace('torch.', '')}: as_neuron}} and fine-tune, or {{…: keep}} to leave it analog."
+        )
+    if kind is Kind.READOUT:
+        return (
+            f"{label(node)}: {describe(node)} before the output (supported there: {supported}). "
+            "Gates need a module of their own with rules={MyGate: keep}."
+        )
+    reason = "a product of two signals" if len(node.all_input_nodes) > 1 else "not an affine node"
+    return (
+        f"{label(node)}: no rule for {describe(node)}, {reason}. Put it into a module of its own and pass "
+        "rules={MyModule: keep} to leave it analog, or rewrite it with convolutions, sums and pools."
+    )
+
+
+def pool_sources(pool: fx.Node) -> list[fx.Node]:
+    """Return the values that a max-pool reads, seen through a concat over channels."""
+    source = pool.all_input_nodes[0]
+    if is_channel_concat(source):
+        return list(source.args[0])  # type: ignore[arg-type]
+    return [source]
+
+
+def is_channel_concat(node: fx.Node) -> bool:
+    """Whether ``node`` joins tensors over axis 1."""
+    name = getattr(node.target, "__name__", "")
+    return node.op == "call_function" and name in ("cat", "concat", "concatenate") and argument(node, 1, "dim", 0) == 1
+
+
+def _pool_problem(node: fx.Node, decisions: Decisions) -> str | None:
+    if kind_of(node) is not Kind.MAXPOOL:
+        return None
+    module = module_of(node)
+    if getattr(module, "return_indices", False) or node.kwargs.get("return_indices"):
+        return f"{label(node)}: max-pool with return_indices has no spiking form. Pool without indices."
+    for source in pool_sources(node):
+        if isinstance(decisions.get(source), Spike) or kind_of(source) is Kind.MAXPOOL:
+            continue
+        spiking = _spikes_behind(source, decisions)
+        if spiking is not None:
+            return (
+                f"{label(node)}: a max-pool reads the spikes of {label(spiking)} through {label(source)}; expected "
+                "it directly behind the activation, or behind a weighted layer. Move the pool, or use an average pool."
+            )
+    return None
+
+
+def _spikes_behind(node: fx.Node, decisions: Decisions) -> fx.Node | None:
+    """Return a spiking activation that reaches ``node`` without a weighted layer between."""
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if isinstance(decisions.get(current), Spike):
+            return current
+        if current in seen or kind_of(current) is Kind.SYNAPSE:
+            continue
+        seen.add(current)
+        pending += current.all_input_nodes
+    return None
+
+
+def _structure_problems(model: fx.GraphModule) -> list[str]:
+    inputs = [node for node in model.graph.nodes if node.op == "placeholder" and node.users]
+    problems = []
+    if len(inputs) != 1:
+        names = ", ".join(node.name for node in inputs) or "none"
+        problems.append(f"the network has the inputs {names}; expected one tensor [N, …].")
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    if not isinstance(output.args[0], fx.Node):
+        problems.append(
+            f"the network returns a {type(output.args[0]).__name__}; expected one tensor [N, classes]. "
+            "Wrap it in a module that returns the tensor you want."
+        )
+    return problems
+
+
+def batch_problems(model: fx.GraphModule, sample_shape: Sequence[int]) -> list[str]:
+    """Say where a node does not keep the batch on axis 0, from shapes at two batch sizes."""
+    small, large = (node_values(model, (batch, *sample_shape)) for batch in BATCHES)
+    return [
+        f"{label(node)}: {describe(node)} gives {_shape(small[node])} at batch size {BATCHES[0]} and "
+        f"{_shape(large[node])} at {BATCHES[1]}; expected the batch on axis 0 and nowhere else. "
+        "Reshape with x.size(0) or flatten(1)."
+        for node in model.graph.nodes
+        if batch_use((small[node], large[node])) == "mixed"
+    ]
+
+
+def _shape(value: Any) -> str:
+    return str(list(value.shape)) if hasattr(value, "shape") else str(value)

@@ -1,0 +1,65 @@
+"""Make in-place nodes functional, before anything drops nodes without users.
+
+``F.relu(x, inplace=True)`` whose result is dropped changes ``x`` for every later reader, but in the graph
+it has no user and would vanish. Here every later reader of the overwritten value gets the new one.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..ops import OUT_OF_PLACE, VIEWS, Kind, is_in_place, kind_of, label
+
+
+def make_functional(model: fx.GraphModule) -> list[str]:
+    """Rewrite ``model``'s graph in place (it is the caller's copy) and return what could not be rewritten.
+
+    Nodes that the audit refuses anyway keep their target; only their readers are rewired.
+    """
+    problems = []
+    order = {node: position for position, node in enumerate(model.graph.nodes)}
+    for node in list(model.graph.nodes):
+        if not is_in_place(node) or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        target = node.args[0]
+        stale = [alias for alias in _aliases(target) if _read_after(alias, order[node], order)]
+        if stale:
+            problems.append(
+                f"{label(node)}: overwrites a view of {label(stale[0])}, which is read again later; expected no "
+                "shared memory. Use the out-of-place form here."
+            )
+            continue
+        target.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
+        _drop_in_place(node)
+    model.recompile()
+    return problems
+
+
+def _drop_in_place(node: fx.Node) -> None:
+    """Give arithmetic its out-of-place target; activations are replaced by modules later."""
+    node.target = OUT_OF_PLACE.get(node.target, node.target)
+    if "inplace" in node.kwargs:
+        node.kwargs = {**node.kwargs, "inplace": False}
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.target in VIEWS or (node.op == "call_module" and kind_of(node) is Kind.SHAPE)
+
+
+def _aliases(node: fx.Node) -> set[fx.Node]:
+    """Nodes that share memory with ``node``, other than itself."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        neighbours = [user for user in current.users if _is_view(user)]
+        neighbours += [source for source in current.all_input_nodes[:1] if _is_view(current)]
+        for other in neighbours:
+            if other is not node and other not in found:
+                found.add(other)
+                pending.append(other)
+    return found
+
+
+def _read_after(alias: fx.Node, position: int, order: dict[fx.Node, int]) -> bool:
+    return any(order[user] > position for user in alias.users)

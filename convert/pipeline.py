@@ -1,0 +1,165 @@
+"""convert: from a pretrained ANN to a spiking network in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..calibrate import BatchNormStatistics, MinError, Policy, calibrate
+from ..errors import ArgumentError
+from ..records import Calibration, Keep, Prepared, Report
+from ..sites import LMH
+from ..time_axis import TimeAxis
+from .prepare import prepare
+from .rules import Rules
+from .spike import DirectCoding, Encoding, EventFrames, spike
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a conversion was asked for, apart from the network and the data.
+
+    Attributes:
+        timesteps: T.
+        neuron: preset, granularity, ranges and surrogate of the neurons.
+        encoding: what the input is.
+        sample_shape: shape of one input sample.
+    """
+
+    timesteps: int
+    neuron: LMH = field(default_factory=LMH)
+    encoding: Encoding = field(default_factory=DirectCoding)
+    sample_shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What :func:`convert` returns.
+
+    Attributes:
+        snn: the spiking network, an ``fx.GraphModule`` in eval mode that stands where the ANN stood.
+        calibration: the thresholds it started from.
+        report: what became of every node.
+        recipe: what was asked for.
+        prepared: the ANN in rewritten form, for other calibrations of it.
+    """
+
+    snn: fx.GraphModule
+    calibration: Calibration
+    report: Report
+    recipe: Recipe
+    prepared: Prepared
+
+
+def convert(
+    ann: nn.Module,
+    timesteps: int,
+    *,
+    data: Iterable[Any] | Tensor | None = None,
+    calibration: Policy | Calibration | None = None,
+    example_input: Tensor | None = None,
+    rules: Rules | None = None,
+    neuron: LMH | None = None,
+    encoding: Encoding | None = None,
+) -> Conversion:
+    """Convert a pretrained ANN to a spiking network of LM-H neurons.
+
+    Every ReLU and QCFS becomes LM-H neurons (the equations of :mod:`lmh.neurons`) that start as IF neurons;
+    the network then returns the mean of its output over T steps.
+
+    Args:
+        ann: any traceable network of weighted layers, BatchNorm, pools, sums and rectifiers. Not changed.
+        timesteps: T, 1 to 1024.
+        data: images to find thresholds on, as batches [N, *F] (or tuples that begin with one) or one tensor;
+            normalised as the ANN expects. Labels are not read.
+        calibration: a policy, or the :class:`Calibration` of an earlier conversion. Unless given:
+            ``MinError()`` with data, ``BatchNormStatistics()`` without.
+        example_input: one batch [N, *F] that shows the input's shape; not needed with data.
+        rules: from activation type to what becomes of it, for types of your own.
+        neuron: preset, granularity and ranges; ``LMH()``, which is IF, unless given.
+        encoding: ``DirectCoding()`` for images, ``EventFrames()`` for input [T, N, *F].
+
+    Returns:
+        The spiking network with its calibration and report.
+
+    Raises:
+        ArgumentError: for T out of range, weights that are not finite, or an input that does not fit.
+        AuditError: listing every node that no rule covers.
+        CalibrationError: if thresholds cannot be found with what was given.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> conversion = convert(net, timesteps=4, data=torch.rand(16, 4))
+    >>> conversion.snn(torch.rand(3, 4)).shape
+    torch.Size([3, 2])
+    """
+    TimeAxis(timesteps)
+    encoding = encoding or DirectCoding()
+    data, example = _first_batch(data, example_input)
+    sample_shape = tuple(example.shape[2:] if isinstance(encoding, EventFrames) else example.shape[1:])
+    recipe = Recipe(timesteps, neuron or LMH(), encoding, sample_shape)
+    prepared = prepare(ann, sample_shape, rules=rules)
+    notices = []
+    if not isinstance(calibration, Calibration):
+        policy = calibration
+        if policy is None:
+            policy = BatchNormStatistics() if data is None else MinError()
+            if data is None:
+                notices.append("No data was given, so thresholds came from BatchNorm statistics; data gives better ones.")
+        if isinstance(encoding, EventFrames) and data is not None:
+            data = _frames(data)
+        calibration = calibrate(prepared, policy, timesteps, data)
+    return assemble(prepared, calibration, recipe, tuple(notices))
+
+
+def assemble(
+    prepared: Prepared, calibration: Calibration, recipe: Recipe, notices: tuple[str, ...] = ()
+) -> Conversion:
+    """Build the spiking network of a prepared ANN from a known calibration: what loading and replaying use."""
+    missing = [path for path in prepared.spiking if path not in calibration.v_threshold]
+    if missing:
+        raise ArgumentError(
+            f"calibration: no threshold for {', '.join(missing)}; it was made for {len(calibration.v_threshold)} other "
+            "sites. Calibrate this network."
+        )
+    snn = spike(prepared, calibration, recipe.neuron, recipe.encoding, recipe.timesteps)
+    kept = [path for path, decision in prepared.activations.items() if isinstance(decision, Keep)]
+    if kept:
+        notices = (*notices, f"{len(kept)} activations stay analog: {', '.join(kept)}.")
+    source = f"{calibration.policy}, {calibration.samples} samples"
+    report = Report(recipe.timesteps, source, prepared.fates, notices)
+    return Conversion(snn, calibration, report, recipe, prepared)
+
+
+def _first_batch(
+    data: Iterable[Any] | Tensor | None, example_input: Tensor | None
+) -> tuple[Iterable[Any] | None, Tensor]:
+    """Return the data, still whole, and a batch that shows the input's shape."""
+    if isinstance(data, Tensor):
+        data = data.split(128)
+    if example_input is None and data is None:
+        raise ArgumentError(
+            "convert: neither data= nor example_input= was given; expected one of them to show the input's shape. "
+            "Pass example_input=torch.zeros(1, 3, 224, 224), say."
+        )
+    if example_input is not None:
+        return data, example_input
+    iterator = iter(data)  # type: ignore[arg-type]
+    first = next(iterator, None)
+    if first is None:
+        raise ArgumentError("convert: data= gave no batch; expected at least one. Check the data set.")
+    example = first if isinstance(first, Tensor) else first[0]
+    return (_chain(first, iterator) if iterator is data else data), example
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _frames(data: Iterable[Any]) -> Iterator[Tensor]:
+    for batch in data:
+        yield (batch if isinstance(batch, Tensor) else batch[0]).flatten(0, 1)

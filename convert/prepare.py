@@ -1,0 +1,171 @@
+"""PREPARE: one module for each activation call, max-pools before activations; output equal to the ANN's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import AuditError
+from ..ops import Kind, activation_module, kind_of, owner_path
+from ..records import Prepared, Spike
+from ..shapes import node_values
+from .audit import Decisions, audit, is_channel_concat, pool_sources
+from .inplace import make_functional
+from .rules import Rules, merged
+from .tracing import trace
+
+
+def prepare(ann: nn.Module, sample_shape: Sequence[int], *, rules: Rules | None = None) -> Prepared:
+    """Trace a copy of ``ann``, audit it and give every activation call a module of its own.
+
+    Args:
+        ann: the network; not changed.
+        sample_shape: shape of one input sample, for example (3, 224, 224).
+        rules: from activation type to rule, on top of the defaults.
+
+    Returns:
+        The prepared network. Its output equals the ANN's, which was checked on one random batch.
+
+    Raises:
+        AuditError: with every node that no rule covers.
+        ArgumentError: if the input shape or the weights do not fit.
+    """
+    table = merged(rules)
+    model = trace(ann, table)
+    problems = make_functional(model)
+    model.graph.eliminate_dead_code()
+    model.recompile()
+    decisions, fates, found = audit(model, table, sample_shape)
+    if problems or found:
+        raise AuditError([*problems, *found])
+    by_path = _activations_to_modules(model, decisions)
+    by_path = _move_maxpools(model, by_path)
+    model.graph.eliminate_dead_code()
+    model.graph.lint()
+    model.recompile()
+    model.delete_all_unused_submodules()
+    _check_equal(ann, model, sample_shape)
+    ordered = {str(node.target): by_path[str(node.target)] for node in model.graph.nodes if node.target in by_path}
+    values = node_values(model, (2, *sample_shape))
+    channels = {str(node.target): values[node].shape[1] for node in values if node.target in ordered}
+    return Prepared(model, ordered, tuple(sample_shape), channels, tuple(fates))
+
+
+def unique_path(model: nn.Module, wanted: str) -> str:
+    """Return ``wanted``, or the first of ``wanted_1``, ``wanted_2``, … that names nothing in ``model``."""
+    path, count = wanted, 0
+    while _names_something(model, path):
+        count += 1
+        path = f"{wanted}_{count}"
+    return path
+
+
+def _names_something(model: nn.Module, path: str) -> bool:
+    current: Any = model
+    for part in path.split("."):
+        if not hasattr(current, part):
+            return False
+        current = getattr(current, part)
+    return True
+
+
+def _activations_to_modules(model: fx.GraphModule, decisions: Decisions) -> dict[str, Any]:
+    """Give each activation call its own module; the first call of a module keeps the module's path."""
+    by_path: dict[str, Any] = {}
+    for node, decision in decisions.items():
+        module = activation_module(node) if kind_of(node) is Kind.ACTIVATION else model.get_submodule(str(node.target))
+        if node.op == "call_module":
+            path = str(node.target)
+            if path in by_path:
+                path = unique_path(model, path)
+        else:
+            owner = owner_path(node)
+            path = unique_path(model, f"{owner}.{type(module).__name__.lower()}" if owner else type(module).__name__.lower())
+        model.add_submodule(path, module)
+        with model.graph.inserting_before(node):
+            call = model.graph.call_module(path, (node.args[0] if node.args else node.kwargs["input"],))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        model.graph.erase_node(node)
+        by_path[path] = decision
+    return by_path
+
+
+def _move_maxpools(model: fx.GraphModule, by_path: Mapping[str, Any]) -> dict[str, Any]:
+    """Put every max-pool behind a spiking activation in front of it.
+
+    For the ANN nothing changes: a monotone activation commutes with the maximum. For the spiking network
+    the neurons then receive the maximum of the currents. Over T steps that equals the maximum of the rates
+    in the window, for constant currents, where the rate grows with the current (IF and LIF; not every LM-H
+    setting) and θ and v_init do not vary within the window.
+    """
+    result = dict(by_path)
+    for pool in list(model.graph.nodes):
+        if kind_of(pool) is not Kind.MAXPOOL:
+            continue
+        source = pool.all_input_nodes[0]
+        if not any(isinstance(result.get(str(node.target)), Spike) for node in pool_sources(pool)):
+            continue
+        moved = {node: _pooled(model, pool, node, result) for node in pool_sources(pool)}
+        with model.graph.inserting_before(pool):
+            if is_channel_concat(source):
+                joined = model.graph.node_copy(source, lambda node: node)
+                joined.args = ([moved[node] for node in pool_sources(pool)], *source.args[1:])
+                replacement = joined
+            else:
+                replacement = moved[source]
+        pool.replace_all_uses_with(replacement)
+        model.graph.erase_node(pool)
+        model.graph.eliminate_dead_code()
+    called = {str(node.target) for node in model.graph.nodes}
+    return {path: decision for path, decision in result.items() if path in called}
+
+
+def _pooled(model: fx.GraphModule, pool: fx.Node, source: fx.Node, by_path: dict[str, Any]) -> fx.Node:
+    """Return act(pool(x)) for a spiking source act(x), else pool(source)."""
+    graph = model.graph
+    path = str(source.target)
+    spiking = isinstance(by_path.get(path), Spike)
+    read = source.args[0] if spiking else source
+    behind = pool.all_input_nodes[0]
+    with graph.inserting_before(pool):
+        new_pool = graph.node_copy(pool, lambda node: read if node is behind else node)  # type: ignore[arg-type, return-value]
+        if not spiking:
+            return new_pool
+        new_path = path
+        if len(source.users) > 1:
+            new_path = unique_path(model, path)
+            model.add_submodule(new_path, model.get_submodule(path))
+            by_path[new_path] = by_path[path]
+        activation = graph.call_module(new_path, (new_pool,))
+    activation.meta = dict(source.meta)
+    return activation
+
+
+def _check_equal(ann: nn.Module, model: fx.GraphModule, sample_shape: Sequence[int]) -> None:
+    """Compare the prepared network with the source on one random batch, both in eval mode."""
+    parameter = next((p for p in ann.parameters() if p.is_floating_point()), torch.empty(()))
+    if parameter.device.type == "meta":
+        return
+    x = torch.randn((2, *sample_shape), generator=torch.Generator().manual_seed(0)).to(parameter)
+    was_training = {module: module.training for module in ann.modules()}
+    with torch.no_grad():
+        try:
+            expected = ann.eval()(x.clone())
+        finally:
+            for module, training in was_training.items():
+                module.training = training
+        got: Tensor = model(x.clone())
+    scale = float(expected.abs().max().clamp_min(1e-6))
+    worst = float((got - expected).abs().max()) / scale
+    if not worst < 1e-4:
+        raise AuditError(
+            [
+                f"the rewritten graph answers differently from {type(ann).__name__} (relative difference {worst:.1e}); "
+                "expected the same. Its forward changes values in a way that tracing cannot see, such as writing into "
+                "a slice or keeping values between calls: rewrite that part."
+            ]
+        )

@@ -1,0 +1,53 @@
+"""Rules: what becomes of each activation, by its module type after spelling is normalised.
+
+A rule is a function from the activation module to :class:`Spike` or :class:`Keep`. To convert a type of
+your own, or one that is refused, pass ``rules={MyActivation: as_neuron}``; your entry wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from torch import nn
+
+from ..errors import ArgumentError
+from ..qcfs import QCFS
+from ..records import Keep, Spike
+
+Rule = Callable[[nn.Module], Spike | Keep]
+Rules = Mapping[type[nn.Module], Rule]
+
+
+def as_neuron(module: nn.Module) -> Spike:
+    """Any rectifying activation becomes LM-H neurons whose θ calibration finds."""
+    return Spike()
+
+
+def keep(module: nn.Module) -> Keep:
+    """The activation stays analog."""
+    return Keep()
+
+
+def from_qcfs(module: nn.Module) -> Spike:
+    """A QCFS activation hands its learned θ to the neurons (Bu et al. 2022)."""
+    if not isinstance(module, QCFS):
+        raise ArgumentError(f"from_qcfs: got {type(module).__name__}; expected QCFS. Use as_neuron for other types.")
+    return Spike(v_threshold=module.v_threshold.detach().clone())
+
+
+DEFAULT_RULES: Rules = MappingProxyType({nn.ReLU: as_neuron, QCFS: from_qcfs})
+
+
+def merged(rules: Rules | None) -> Rules:
+    """Return the default rules with the user's on top.
+
+    Raises:
+        ArgumentError: if a key is not a module type, or a value not a function.
+    """
+    for key, rule in (rules or {}).items():
+        if not (isinstance(key, type) and issubclass(key, nn.Module) and callable(rule)):
+            raise ArgumentError(
+                f"rules: {key!r}: {rule!r} came; expected a module type and a function, as in {{nn.GELU: as_neuron}}."
+            )
+    return {**DEFAULT_RULES, **(rules or {})}

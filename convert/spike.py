@@ -1,0 +1,271 @@
+"""SPIKE: sites in, time folded. The one place where a prepared ANN becomes a spiking network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import fx
+
+from ..errors import AuditError
+from ..ops import Kind, kind_of, label
+from ..records import Calibration, Prepared, Spike
+from ..shapes import BATCHES, batch_use, leading, node_values
+from ..sites import LMH, SpikingSite
+from ..time_axis import (
+    EnterTail,
+    FoldEvents,
+    LeaveTail,
+    LeaveTime,
+    Readout,
+    RepeatInTail,
+    RepeatOverTime,
+    TimeAxis,
+    Timed,
+)
+from .prepare import unique_path
+
+
+@dataclass(frozen=True)
+class DirectCoding:
+    """The input is one static tensor [N, *F] and a constant current (direct coding)."""
+
+
+@dataclass(frozen=True)
+class EventFrames:
+    """The input is a sequence of frames [T, N, *F]."""
+
+
+Encoding = DirectCoding | EventFrames
+
+
+class Region(Enum):
+    """Where in time a node runs."""
+
+    FREE = "does not depend on the input"
+    CONSTANT = "once, on [N, *F]: no site is among its ancestors"
+    TIMED = "at every step, on [T·N, *F]"
+    TAIL = "affine, behind the last site: on the time mean in eval mode, else at every step"
+    READOUT = "on the final mean"
+
+
+_OUTSIDE = (Region.TAIL, Region.READOUT)
+_COMMUTES_WITH_MEAN = (Kind.SYNAPSE, Kind.AFFINE, Kind.SHAPE, Kind.SIZE)
+
+
+def spike(prepared: Prepared, calibration: Calibration, neuron: LMH, encoding: Encoding, timesteps: int) -> fx.GraphModule:
+    """Replace the activations of a prepared ANN by LM-H neurons and fold time into the batch.
+
+    Args:
+        prepared: the network; not changed.
+        calibration: θ₀ and v_init of every spiking activation.
+        neuron: which neurons.
+        encoding: what the input is.
+        timesteps: T.
+
+    Returns:
+        The spiking network in eval mode.
+
+    Raises:
+        AuditError: if a node would mix time or batch with features.
+    """
+    model = copy.deepcopy(prepared.model)
+    time = TimeAxis(timesteps)
+    regions = _regions(model.graph, prepared, encoding)
+    pairs = _value_pairs(prepared)
+    uses = {name: batch_use(pair) for name, pair in pairs.items()}
+    exactly_n = {name for name, pair in pairs.items() if isinstance(pair[0], int) and pair == BATCHES}
+    problems = _own_sizes(model.graph, regions, uses, exactly_n)
+    if problems:
+        raise AuditError(problems)
+    _insert_sites(model, regions, prepared, calibration, neuron, time)
+    _Folding(model, time, regions, uses).run()
+    if isinstance(encoding, EventFrames):
+        _fold_input(model, time)
+    model.graph.eliminate_dead_code()
+    model.graph.lint()
+    model.recompile()
+    model.delete_all_unused_submodules()
+    model.eval()
+    _prove(model, prepared, regions, encoding, time)
+    return model
+
+
+def _value_pairs(prepared: Prepared) -> dict[str, tuple[Any, Any]]:
+    """The values of every node, by name, at the two batch sizes."""
+    small, large = (node_values(prepared.model, (batch, *prepared.sample_shape)) for batch in BATCHES)
+    return {node.name: (small[node], large[node]) for node in small}
+
+
+def _regions(graph: fx.Graph, prepared: Prepared, encoding: Encoding) -> dict[fx.Node, Region]:
+    """Sort the nodes of the graph by where in time they run."""
+    regions: dict[fx.Node, Region] = {}
+    for node in graph.nodes:
+        before = {regions[source] for source in node.all_input_nodes}
+        spiking = isinstance(prepared.activations.get(str(node.target)), Spike)
+        if spiking or Region.TIMED in before:
+            regions[node] = Region.TIMED
+        elif node.op == "placeholder":
+            regions[node] = Region.TIMED if isinstance(encoding, EventFrames) else Region.CONSTANT
+        else:
+            regions[node] = Region.CONSTANT if Region.CONSTANT in before else Region.FREE
+    for node in reversed(graph.nodes):
+        if node.op in ("output", "placeholder") or regions[node] is not Region.TIMED or not node.users:
+            continue
+        if str(node.target) in prepared.activations:
+            continue
+        after = {Region.READOUT if user.op == "output" else regions[user] for user in node.users}
+        kind = kind_of(node)
+        if after == {Region.READOUT} and kind is Kind.READOUT:
+            regions[node] = Region.READOUT
+        elif after <= set(_OUTSIDE) and kind in _COMMUTES_WITH_MEAN:
+            regions[node] = Region.TAIL
+    return regions
+
+
+def _own_sizes(
+    graph: fx.Graph, regions: dict[fx.Node, Region], uses: dict[str, str], exactly_n: set[str]
+) -> list[str]:
+    """Let every timed node read the batch size off the tensor that it reshapes, not off another one."""
+    problems = []
+    for node in list(graph.nodes):
+        if regions[node] in (Region.FREE, Region.CONSTANT) or kind_of(node) not in (Kind.SHAPE, Kind.AFFINE):
+            continue
+        for size in [arg for arg in node.all_input_nodes if uses[arg.name] == "size"]:
+            if size.name not in exactly_n or not isinstance(node.args[0], fx.Node):
+                problems.append(
+                    f"{label(node)}: its shape uses {label(size)}, which is computed from the batch size; expected "
+                    "the batch size itself. Write y.view(y.size(0), -1) or y.flatten(1)."
+                )
+                continue
+            with graph.inserting_before(node):
+                own = graph.call_method("size", (node.args[0], 0))
+            regions[own], uses[own.name] = regions[node], "size"
+            node.replace_input_with(size, own)
+    return problems
+
+
+def _insert_sites(
+    model: fx.GraphModule,
+    regions: dict[fx.Node, Region],
+    prepared: Prepared,
+    calibration: Calibration,
+    neuron: LMH,
+    time: TimeAxis,
+) -> None:
+    for node in model.graph.nodes:
+        path = str(node.target)
+        if not isinstance(prepared.activations.get(path), Spike):
+            continue
+        site = SpikingSite(
+            time,
+            calibration.v_threshold[path],
+            calibration.v_init[path],
+            neuron,
+            channels=prepared.channels[path],
+            static=regions[node.all_input_nodes[0]] is not Region.TIMED,
+        )
+        device = next((p.device for p in prepared.model.parameters()), calibration.v_threshold[path].device)
+        model.set_submodule(path, site.to(device))
+
+
+class _Folding:
+    """Inserts the modules of :mod:`lmh.time_axis` at the borders between regions, one for each border."""
+
+    def __init__(
+        self, model: fx.GraphModule, time: TimeAxis, regions: dict[fx.Node, Region], uses: dict[str, str]
+    ) -> None:
+        self.model, self.time, self.regions, self.uses = model, time, regions, uses
+        self.made: dict[tuple[fx.Node, type[Timed]], fx.Node] = {}
+
+    def run(self) -> None:
+        """Walk the graph once and rewire the inputs of every node outside the constant region."""
+        for node in list(self.model.graph.nodes):
+            if node.op == "placeholder" or self._is_site(node):
+                continue
+            region = Region.READOUT if node.op == "output" else self.regions[node]
+            if region in (Region.FREE, Region.CONSTANT):
+                continue
+            for source in list(node.all_input_nodes):
+                if self.uses.get(source.name) == "batched":
+                    node.replace_input_with(source, self._crossed(source, region))
+        (output,) = (node for node in self.model.graph.nodes if node.op == "output")
+        output.replace_input_with(output.args[0], self._insert(output.args[0], LeaveTime))
+
+    def _is_site(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(self.model.get_submodule(str(node.target)), SpikingSite)
+
+    def _crossed(self, source: fx.Node, region: Region) -> fx.Node:
+        """Return ``source`` as a node of ``region`` needs it."""
+        home = self.regions[source]
+        if region is Region.TIMED:
+            return self._insert(source, RepeatOverTime) if home is Region.CONSTANT else source
+        value = source
+        if home is Region.TIMED:
+            value = self._insert(source, EnterTail)
+        elif home is Region.CONSTANT:
+            value = self._insert(source, RepeatInTail)
+        if region is Region.READOUT and home is not Region.READOUT:
+            value = self._insert(value, LeaveTail)
+        return value
+
+    def _insert(self, source: fx.Node, kind: type[Timed]) -> fx.Node:
+        key = (source, kind)
+        if key not in self.made:
+            path = unique_path(self.model, f"time.{kind.__name__}")
+            self.model.add_submodule(path, kind(self.time))
+            with self.model.graph.inserting_after(source):
+                self.made[key] = self.model.graph.call_module(path, (source,))
+        return self.made[key]
+
+
+def _fold_input(model: fx.GraphModule, time: TimeAxis) -> None:
+    (source,) = (node for node in model.graph.nodes if node.op == "placeholder" and node.users)
+    path = unique_path(model, "time.FoldEvents")
+    model.add_submodule(path, FoldEvents(time))
+    with model.graph.inserting_after(source):
+        folded = model.graph.call_module(path, (source,))
+    source.replace_all_uses_with(folded, delete_user_cb=lambda user: user is not folded)
+
+
+def _prove(
+    model: fx.GraphModule, prepared: Prepared, regions: dict[fx.Node, Region], encoding: Encoding, time: TimeAxis
+) -> None:
+    """Show by two batch sizes that axis 0 of every node is N or T·N, as its region says."""
+    home = {node.name: region for node, region in regions.items()}
+    for readout in (Readout.MEAN, Readout.PER_STEP):
+        time.readout = readout
+        try:
+            runs = [node_values(model, _input_shape(prepared, encoding, time, batch)) for batch in BATCHES]
+        finally:
+            time.readout = Readout.MEAN
+        pairs = {node: (runs[0][node], runs[1][node]) for node in runs[0] if node.name in home}
+        problems = list(_misfolded(pairs, home, readout, time.timesteps, encoding))
+        if problems:
+            raise AuditError(problems)
+
+
+def _input_shape(prepared: Prepared, encoding: Encoding, time: TimeAxis, batch: int) -> tuple[int, ...]:
+    frames = (time.timesteps,) if isinstance(encoding, EventFrames) else ()
+    return (*frames, batch, *prepared.sample_shape)
+
+
+def _misfolded(
+    pairs: dict[fx.Node, tuple[Any, Any]], home: dict[str, Region], readout: Readout, timesteps: int, encoding: Encoding
+) -> Iterable[str]:
+    for node, pair in pairs.items():
+        if batch_use(pair) in ("free", "size") or node.op in ("output", "placeholder"):
+            continue
+        at_each_step = home[node.name] is Region.TIMED or (
+            home[node.name] in _OUTSIDE and readout is Readout.PER_STEP
+        )
+        expected = [batch * (timesteps if at_each_step else 1) for batch in BATCHES]
+        if batch_use(pair) == "mixed" or [leading(value) for value in pair] != [{size} for size in expected]:
+            shapes = [sorted(leading(value)) for value in pair]
+            yield (
+                f"{label(node)}: its first axis is {shapes} at batch sizes {list(BATCHES)} and T = {timesteps}; "
+                f"expected {expected}, time folded into the batch. Reshape with y.size(0) of the same tensor, or flatten(1)."
+            )

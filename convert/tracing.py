@@ -1,0 +1,68 @@
+"""From a module to a graph on a copy of it; the caller's model is never touched."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+
+import torch
+from torch import fx, nn
+
+from ..errors import ArgumentError, AuditError
+from ..ops import MODULE_KINDS
+from .rules import Rules
+
+
+class _Tracer(fx.Tracer):
+    """Keeps torch.nn modules, and every type that the table or a rule knows, as leaves."""
+
+    def __init__(self, rules: Rules) -> None:
+        super().__init__()
+        self._leaves = {*MODULE_KINDS, *rules}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(ann: nn.Module, rules: Rules) -> fx.GraphModule:
+    """Return a traced copy of ``ann`` in eval mode.
+
+    Raises:
+        ArgumentError: if ``ann`` is not a module or already spiking, or its weights are not finite.
+        AuditError: if Python control flow on values keeps it from being traced.
+    """
+    _check(ann)
+    model = copy.deepcopy(ann).eval()
+    tracer = _Tracer(rules)
+    try:
+        graph = tracer.trace(model)
+    except Exception as error:
+        raise AuditError([_untraceable(error)]) from error
+    return fx.GraphModule(tracer.root, graph, type(ann).__name__)
+
+
+def _check(ann: nn.Module) -> None:
+    if not isinstance(ann, nn.Module):
+        raise ArgumentError(f"convert: the model is a {type(ann).__name__}; expected a torch.nn.Module.")
+    if isinstance(ann, torch.jit.ScriptModule):
+        raise ArgumentError(
+            "convert: the model is TorchScript, whose graph cannot be rewritten. Pass the nn.Module it was scripted from."
+        )
+    for name, tensor in (*ann.named_parameters(), *ann.named_buffers()):
+        if tensor.device.type != "meta" and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ArgumentError(
+                f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite weights. "
+                "Load a checkpoint from before the training diverged."
+            )
+
+
+def _untraceable(error: Exception) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/fx/" not in frame.filename]
+    where = f"{frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else "the model's forward"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"{where} depends on the values of tensors ({reason}); expected a forward that runs the same nodes for "
+        "every input. Move the decision out of forward, or put it into a module of its own and give that a rule."
+    )
+

@@ -1,0 +1,105 @@
+"""Losses over time. Each is a frozen type that says which outputs it reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from ..errors import ArgumentError
+
+
+class Loss(Protocol):
+    """What every loss offers."""
+
+    @property
+    def per_step(self) -> bool:
+        """Whether it reads every step's output instead of the mean."""
+        ...
+
+    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return a scalar from outputs [N, C], or [T, N, C] if ``per_step``, and labels [N]."""
+        ...
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy of the mean output over time, the paper's loss."""
+
+    label_smoothing: float = 0.0
+    per_step: bool = False
+
+    def __post_init__(self) -> None:
+        if self.per_step:
+            raise ArgumentError("CrossEntropy reads the mean over time. Use TET() for a loss at every step.")
+
+    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean over the batch; outputs [N, C], labels [N]."""
+        return F.cross_entropy(outputs, labels, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class TET:
+    """Temporal efficient training (Deng et al., ICLR 2022): (1 − λ) mean_t CE(O[t], y) + λ mean_t (O[t] − φ)².
+
+    Attributes:
+        weight: λ, the share of the regulariser that pulls every output to φ.
+        target: φ, in the unit of the logits.
+    """
+
+    weight: float = 0.05
+    target: float = 1.0
+    per_step: bool = True
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.weight <= 1 and self.per_step):
+            raise ArgumentError(f"TET: weight is {self.weight}; expected 0 to 1, and per_step=True.")
+
+    def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss; outputs [T, N, C], labels [N]."""
+        each = F.cross_entropy(outputs.flatten(0, 1), labels.repeat(len(outputs)))
+        return (1 - self.weight) * each + self.weight * (outputs - self.target).square().mean()
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Kullback-Leibler divergence to a teacher's softened classes (Hinton et al. 2015), τ² KL(teacher ‖ student).
+
+    Attributes:
+        weight: share of the whole loss, the rest goes to the labels.
+        temperature: τ.
+    """
+
+    weight: float = 0.5
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.weight <= 1 and self.temperature > 0):
+            raise ArgumentError(
+                f"Distillation: weight {self.weight} and temperature {self.temperature} came; expected a weight from "
+                "0 to 1 and a temperature above 0."
+            )
+
+    def __call__(self, outputs: Tensor, teacher: Tensor) -> Tensor:
+        """Return the divergence; outputs and teacher [N, C]."""
+        student = F.log_softmax(outputs / self.temperature, 1)
+        target = F.log_softmax(teacher / self.temperature, 1)
+        return self.temperature**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
+
+
+def combined(
+    loss: Loss, distillation: Distillation, outputs: Tensor, labels: Tensor | None, teacher: Tensor | None
+) -> Tensor:
+    """Return the whole loss of a batch: labels, teacher, or both by ``distillation.weight``."""
+    mean = outputs.mean(0) if loss.per_step else outputs
+    if teacher is None:
+        if labels is None:
+            raise ArgumentError("finetune: the batches have no labels and no teacher= was given; expected one of them.")
+        return loss(outputs, labels)
+    if labels is None:
+        return distillation(mean, teacher)
+    hard = loss(outputs, labels) if distillation.weight < 1 else torch.zeros((), device=mean.device)
+    return (1 - distillation.weight) * hard + distillation.weight * distillation(mean, teacher)

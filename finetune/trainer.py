@@ -1,0 +1,249 @@
+"""The training loop: SGD with a cosine schedule, one checkpoint an epoch, resumed exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..artifact import read_tensors, write_tensors
+from ..errors import ArgumentError, TrainingError
+from ..records import plain_value
+from ..sites import SpikingSite
+from ..time_axis import per_step
+from .losses import CrossEntropy, Distillation, Loss, combined
+
+
+class EpochBatches(Protocol):
+    """Batches that can be drawn anew for each epoch, such as :class:`lmh.zoo.Batches`."""
+
+    def at_epoch(self, epoch: int) -> Iterable[Any]:
+        """Return the batches of one epoch, (x [N, *F], y [N]) or x alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a network is trained.
+
+    Attributes:
+        epochs: passes over the training data.
+        lr: learning rate of the weights at the start, then half a cosine down to 0.
+        neuron_lr: the same for θ, v_init, λ, μ.
+        momentum: of SGD.
+        weight_decay: of the weights; neuron parameters and BatchNorm have none.
+        clip_norm: bound on the norm of the gradient, or None.
+        loss: :class:`CrossEntropy` or :class:`TET`.
+        distillation: used when a teacher is given.
+        seed: of dropout and the like; the order of the data comes with the data.
+    """
+
+    epochs: int
+    lr: float = 0.01
+    neuron_lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    clip_norm: float | None = 5.0
+    loss: Loss = field(default_factory=CrossEntropy)
+    distillation: Distillation = field(default_factory=Distillation)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ArgumentError(f"epochs is {self.epochs}; expected at least 1.")
+        if self.lr <= 0 or self.neuron_lr < 0:
+            raise ArgumentError(f"lr {self.lr} and neuron_lr {self.neuron_lr} came; expected lr > 0, neuron_lr ≥ 0.")
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What one epoch did: mean loss over its samples, and accuracy on the validation batches (fraction of 1)."""
+
+    epoch: int
+    loss: float
+    val_accuracy: float | None
+
+
+OnBatch = Callable[[int, int, float], None]
+OnEpoch = Callable[[EpochResult], None]
+
+
+def fit(
+    model: nn.Module,
+    train: EpochBatches,
+    val: Iterable[Any] | None,
+    schedule: Schedule,
+    *,
+    teacher: nn.Module | None = None,
+    checkpoint: Path | None = None,
+    on_batch: OnBatch | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> list[EpochResult]:
+    """Train any network, spiking or not, in place, and leave it in eval mode.
+
+    A checkpoint of a run with the same schedule is resumed; batches, schedule, momentum and random state go on
+    as if the run had not been broken.
+
+    Args:
+        model: gives [N, C]; a spiking one also every step.
+        train: training batches by epoch.
+        val: batches with labels to measure after each epoch.
+        schedule: everything that decides the result.
+        teacher: network whose outputs are distilled.
+        checkpoint: file written after each epoch; None writes none.
+        on_batch: told (epoch, batch, loss).
+        on_epoch: told of each epoch that ends.
+
+    Returns:
+        One result for each epoch, those before a resume included.
+
+    Raises:
+        TrainingError: if the loss is not finite, the data is empty, or the checkpoint is of another run.
+    """
+    optimizer = torch.optim.SGD(_groups(model, schedule), lr=schedule.lr, momentum=schedule.momentum)
+    torch.manual_seed(schedule.seed)
+    history = _resume(model, optimizer, schedule, checkpoint)
+    device = next(model.parameters()).device
+    if teacher is not None:
+        teacher = teacher.to(device).eval()
+    batches = _count(train.at_epoch(0))
+    for epoch in range(len(history), schedule.epochs):
+        model.train()
+        total, seen = 0.0, 0
+        for index, batch in enumerate(train.at_epoch(epoch)):
+            x, y = _split(batch, device)
+            _set_rate(optimizer, schedule, (epoch + index / batches) / schedule.epochs)
+            loss = _step(model, optimizer, schedule, teacher, x, y)
+            if not math.isfinite(loss):
+                raise TrainingError(_diverged(model, epoch, index, loss))
+            total, seen = total + loss * len(x), seen + len(x)
+            if on_batch is not None:
+                on_batch(epoch, index, loss)
+        model.eval()
+        history.append(EpochResult(epoch, total / seen, None if val is None else accuracy(model, val)))
+        if checkpoint is not None:
+            _save(model, optimizer, schedule, history, checkpoint)
+        if on_epoch is not None:
+            on_epoch(history[-1])
+    return history
+
+
+def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
+    """Return the fraction of samples whose largest output is the label's; batches are (x, y)."""
+    device = next(model.parameters()).device
+    correct = count = 0
+    with torch.no_grad():
+        for batch in batches:
+            x, y = _split(batch, device)
+            if y is None:
+                raise TrainingError("validation batches have no labels; expected (x, y). Pass val=None.")
+            correct += int((model(x).argmax(1) == y).sum())
+            count += len(x)
+    return correct / count
+
+
+def neuron_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return θ, v_init, λ and μ of every site."""
+    return [p for module in model.modules() if isinstance(module, SpikingSite) for p in module.parameters(recurse=False)]
+
+
+def _groups(model: nn.Module, schedule: Schedule) -> list[dict[str, Any]]:
+    neurons = neuron_parameters(model)
+    known = {id(p) for p in neurons}
+    others = [p for p in model.parameters() if id(p) not in known and p.requires_grad]
+    groups = [
+        {"params": [p for p in others if p.ndim > 1], "lr": schedule.lr, "weight_decay": schedule.weight_decay},
+        {"params": [p for p in others if p.ndim <= 1], "lr": schedule.lr, "weight_decay": 0.0},
+        {"params": neurons, "lr": schedule.neuron_lr, "weight_decay": 0.0},
+    ]
+    return [{**group, "base_lr": group["lr"]} for group in groups]
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, progress: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _split(batch: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    if isinstance(batch, Tensor):
+        return batch.to(device), None
+    return batch[0].to(device), batch[1].to(device)
+
+
+def _count(batches: Iterable[Any]) -> int:
+    count = len(batches) if hasattr(batches, "__len__") else sum(1 for _ in batches)
+    if count == 0:
+        raise TrainingError("the training data gave no batch; expected at least one sample. Check --train-samples.")
+    return count
+
+
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, teacher: nn.Module | None, x: Tensor, y: Tensor | None
+) -> float:
+    with torch.no_grad():
+        target = None if teacher is None else teacher(x)
+    outputs = per_step(model, x) if schedule.loss.per_step else model(x)
+    if y is not None and int(y.max()) >= outputs.shape[-1]:
+        raise TrainingError(
+            f"a label is {int(y.max())} and the network has {outputs.shape[-1]} outputs; expected labels below that. "
+            "Use the data set that the network was made for."
+        )
+    loss = combined(schedule.loss, schedule.distillation, outputs, y, target)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    value = float(loss.detach())
+    if math.isfinite(value):
+        if schedule.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
+        optimizer.step()
+    return value
+
+
+def _diverged(model: nn.Module, epoch: int, index: int, loss: float) -> str:
+    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    where = f"; first parameter that is not finite: {bad[0]}" if bad else ""
+    return (
+        f"epoch {epoch + 1}, batch {index + 1}: the loss is {loss}{where}; expected a finite number. "
+        "Lower lr or neuron_lr; a checkpoint of the last whole epoch is kept if one was asked for."
+    )
+
+
+def _save(
+    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, history: list[EpochResult], path: Path
+) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if momentum is not None:
+            tensors[f"momentum.{name}"] = momentum
+    tensors["random_state"] = torch.get_rng_state()
+    write_tensors(path, tensors, {"schedule": plain_value(schedule), "history": plain_value(history)})
+
+
+def _resume(
+    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, path: Path | None
+) -> list[EpochResult]:
+    if path is None or not path.exists():
+        return []
+    tensors, metadata = read_tensors(path)
+    if metadata.get("schedule") != plain_value(schedule):
+        raise TrainingError(
+            f"{path}: a checkpoint of a run with other settings; expected the same schedule. Delete it to start anew."
+        )
+    state = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise TrainingError(f"{path}: a checkpoint of another network. Delete it to start anew.") from error
+    for name, parameter in model.named_parameters():
+        if f"momentum.{name}" in tensors:
+            optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device)
+    torch.set_rng_state(tensors["random_state"])
+    return [
+        EpochResult(entry["epoch"], entry["loss"], entry["val_accuracy"]) for entry in metadata["history"]
+    ]

@@ -1,0 +1,130 @@
+"""Files: tensors plus a JSON manifest in one ``.safetensors``; no pickle, no graph, never half a file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .errors import ArtifactError
+
+FORMAT = "lmh-snn"
+VERSION = 1
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that at every moment either the old one or the whole new one is there.
+
+    Raises:
+        ArtifactError: if the folder cannot be written or the disk is full; no partial file is left.
+    """
+    temporary = None
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"{path}: cannot be written ({error.strerror or error}); expected a writable folder with "
+            f"{len(data) / 1e6:.1f} MB free. Choose another place with --output."
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors with JSON metadata, atomically.
+
+    Args:
+        path: of the file.
+        tensors: any devices and layouts; stored contiguous.
+        metadata: values that JSON can hold, one string each in the header.
+
+    Raises:
+        ArtifactError: as :func:`write_atomically`.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
+    write_atomically(path, safetensors.torch.save(plain, header))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`write_tensors` wrote: tensors on the CPU, and the metadata.
+
+    Raises:
+        ArtifactError: if the file is missing or damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: no such file; expected a .safetensors. Check the path.") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: not a readable .safetensors ({error}). Make or copy it again.") from error
+    return tensors, {key: _from_json(value) for key, value in header.items()}
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def write_snn(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Write a spiking network: its tensors, and the manifest that says how to build it again."""
+    write_tensors(path, tensors, {"format": FORMAT, "version": VERSION, "manifest": manifest})
+
+
+def read_snn(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a spiking network's tensors and manifest.
+
+    Raises:
+        ArtifactError: if the file is not one of ours, or of a later version.
+    """
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: holds tensors but no spiking network; expected a file written by lmh-convert.")
+    if metadata["version"] > VERSION:
+        raise ArtifactError(
+            f"{path}: format version {metadata['version']}; this lmh reads up to {VERSION}. Update lmh-convert."
+        )
+    return tensors, metadata["manifest"]
+
+
+def file_digest(path: Path) -> str:
+    """Return a file's sha256 as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    import platform
+
+    from . import __version__
+
+    return {"lmh": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,0 +1,172 @@
+"""Run a spiking network over data and measure it: accuracy at every t, firing rates, work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .energy import binary_nodes, dense_macs, fan_out, tail_nodes
+from .errors import ArgumentError, DataError
+from .ops import Kind, kind_of
+from .records import Evaluation, LayerWork
+from .sites import SpikingSite
+from .time_axis import FoldEvents, Readout, call, time_axis
+
+
+def evaluate(
+    snn: fx.GraphModule,
+    data: Iterable[Any],
+    *,
+    ann: nn.Module | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Measure a converted network, beside its source ANN where one is given.
+
+    Args:
+        snn: from :func:`lmh.convert.convert` or :func:`lmh.convert.load`; not changed, run in eval mode.
+        data: batches (x, y), or x alone where there are no labels; x as the network takes it.
+        ann: the source, for its accuracy and for how far the outputs are apart.
+        on_batch: told the number of samples done.
+
+    Returns:
+        Accuracies are fractions of 1; one entry for each t = 1…T.
+
+    Raises:
+        ArgumentError: if ``snn`` is not a converted graph.
+        DataError: if the data gives no sample, or labels beyond the network's outputs.
+    """
+    time = time_axis(snn)
+    if not isinstance(snn, fx.GraphModule):
+        raise ArgumentError(f"evaluate: got {type(snn).__name__}; expected the fx.GraphModule that convert returned.")
+    events = any(isinstance(module, FoldEvents) for module in snn.modules())
+    modes = [(module, module.training) for model in (snn, ann) if model is not None for module in model.modules()]
+    score, counter = _Score(time.timesteps), _Counter(snn, time.timesteps)
+    device = next(snn.parameters()).device
+    try:
+        snn.eval()
+        with torch.no_grad(), call(time, Readout.PREFIXES, None):
+            for batch in data:
+                x, y = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1].to(device))
+                outputs = counter.count(x.to(device), x.shape[1] if events else len(x))
+                score.add(outputs, y, None if ann is None else _ann_outputs(ann.eval(), x.to(device), events))
+                if on_batch is not None:
+                    on_batch(score.samples)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if score.samples == 0:
+        raise DataError("evaluate: the data gave no batch; expected at least one sample. Check the data set.")
+    return score.result(counter)
+
+
+def _ann_outputs(ann: nn.Module, x: Tensor, events: bool) -> Tensor:
+    return ann(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(0) if events else ann(x)
+
+
+class _Score:
+    """Sums over batches of what the outputs say."""
+
+    def __init__(self, timesteps: int) -> None:
+        self.samples = self.labelled = self.compared = self.ann_correct = 0
+        self.correct = torch.zeros(timesteps, dtype=torch.int64)
+        self.agreed = torch.zeros(timesteps, dtype=torch.int64)
+        self.distance = self.norm = 0.0
+
+    def add(self, outputs: Tensor, labels: Tensor | None, ann: Tensor | None) -> None:
+        """Take outputs [T, N, C], labels [N] and the ANN's outputs [N, C] of a batch."""
+        chosen = outputs.argmax(-1)
+        count = outputs.shape[1]
+        self.samples += count
+        if labels is not None:
+            if int(labels.max()) >= outputs.shape[-1]:
+                raise DataError(
+                    f"a label is {int(labels.max())} and the network has {outputs.shape[-1]} outputs; expected labels "
+                    "below that. Use the data set that the network was made for."
+                )
+            self.labelled += count
+            self.correct += (chosen == labels).sum(1).cpu()
+        if ann is not None:
+            self.compared += count
+            self.agreed += (chosen == ann.argmax(-1)).sum(1).cpu()
+            self.distance += float((outputs[-1] - ann).flatten(1).norm(dim=1).sum())
+            self.norm += float(ann.flatten(1).norm(dim=1).sum())
+            if labels is not None:
+                self.ann_correct += int((ann.argmax(-1) == labels).sum())
+
+    def result(self, counter: _Counter) -> Evaluation:
+        """Return the means."""
+
+        def over(counts: Tensor, n: int) -> tuple[float, ...] | None:
+            return tuple((counts.double() / n).tolist()) if n else None
+
+        return Evaluation(
+            samples=self.samples,
+            snn_accuracy=over(self.correct, self.labelled),
+            ann_accuracy=self.ann_correct / self.compared if self.compared and self.labelled else None,
+            agreement=over(self.agreed, self.compared),
+            output_error=self.distance / self.norm if self.norm else None,
+            firing_rate=counter.firing_rates(),
+            layers=counter.layers(self.samples),
+        )
+
+
+class _Counter(fx.Interpreter):
+    """Runs the network node by node and counts spikes, SynOps and multiply-accumulates."""
+
+    def __init__(self, snn: fx.GraphModule, timesteps: int) -> None:
+        super().__init__(snn)
+        self.timesteps = timesteps
+        self.binary, self.tail = binary_nodes(snn), tail_nodes(snn)
+        self.spikes: dict[str, int] = {}
+        self.chances: dict[str, int] = {}
+        self.fan_outs: dict[fx.Node, Tensor] = {}
+        self.accumulates: dict[fx.Node, float] = {}
+        self.macs: dict[fx.Node, float] = {}
+        self.ann_macs: dict[fx.Node, float] = {}
+        self.batch = 0
+
+    def count(self, x: Tensor, batch: int) -> Tensor:
+        """Run a batch of ``batch`` samples and return the network's output."""
+        self.batch = batch
+        return self.run(x)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_module" and isinstance(self.submodules[str(n.target)], SpikingSite):
+            path = str(n.target)
+            self.spikes[path] = self.spikes.get(path, 0) + int(torch.count_nonzero(value))
+            self.chances[path] = self.chances.get(path, 0) + value.numel()
+        elif kind_of(n) is Kind.SYNAPSE:
+            self._count_work(n, self.env[n.all_input_nodes[0]], value)
+        return value
+
+    def _count_work(self, node: fx.Node, x: Tensor, value: Tensor) -> None:
+        dense = dense_macs(node, x, value)
+        self.ann_macs[node] = dense
+        if node.all_input_nodes[0] in self.binary:
+            if node not in self.fan_outs:
+                self.fan_outs[node] = fan_out(node, x)
+            work = float(((x != 0).sum(0) * self.fan_outs[node]).sum(dtype=torch.float64))
+            self.accumulates[node] = self.accumulates.get(node, 0.0) + work
+        else:
+            times = 1 if node in self.tail else len(value) / self.batch
+            self.macs[node] = self.macs.get(node, 0.0) + dense * times * self.batch
+
+    def firing_rates(self) -> dict[str, float]:
+        """Return mean spikes per neuron and step, by site."""
+        return {path: self.spikes[path] / self.chances[path] for path in self.spikes}
+
+    def layers(self, samples: int) -> tuple[LayerWork, ...]:
+        """Return the work of each weighted layer for one sample."""
+        return tuple(
+            LayerWork(
+                str(node.target) if node.op == "call_module" else node.name,
+                self.ann_macs[node],
+                self.accumulates.get(node, 0.0) / samples,
+                self.macs.get(node, 0.0) / samples,
+            )
+            for node in self.ann_macs
+        )

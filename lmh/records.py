@@ -1,0 +1,192 @@
+"""The frozen values that stand between the stages: each can be saved, compared and replayed.
+
+    PREPARE → Prepared → calibrate → Calibration → SPIKE → Conversion → evaluate → Evaluation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A rule's answer: this activation becomes LM-H neurons.
+
+    Attributes:
+        v_threshold: θ where the activation knows it (QCFS), shape [] or [C]; None lets calibration find it.
+    """
+
+    v_threshold: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A rule's answer: this activation stays analog and runs at every step."""
+
+
+@dataclass(frozen=True)
+class NodeFate:
+    """What became of one node of the ANN's graph, for the report."""
+
+    path: str
+    what: str
+    fate: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An ANN in the form that calibration and SPIKE work on; its output equals the source's.
+
+    Attributes:
+        model: the traced copy, one module for each activation call.
+        activations: what the rules say about each, by path, in the order in which they run.
+        sample_shape: shape of one input sample, without batch.
+        channels: size of axis 1 of each activation.
+        fates: every node of the source's graph.
+    """
+
+    model: fx.GraphModule
+    activations: Mapping[str, Spike | Keep]
+    sample_shape: tuple[int, ...]
+    channels: Mapping[str, int]
+    fates: tuple[NodeFate, ...]
+
+    @property
+    def spiking(self) -> list[str]:
+        """Paths of the activations that become neurons."""
+        return [path for path, decision in self.activations.items() if isinstance(decision, Spike)]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the neurons of a network start.
+
+    Attributes:
+        policy: what found the thresholds, as text.
+        timesteps: the T that they were found for.
+        samples: how many samples were seen; 0 where none were needed.
+        v_threshold: θ₀ by path, shape [] or [C], in the unit of the site's current.
+        v_init: v_S[0]/θ by path, shape [] or [C].
+    """
+
+    policy: str
+    timesteps: int
+    samples: int
+    v_threshold: Mapping[str, Tensor]
+    v_init: Mapping[str, Tensor]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values that :meth:`from_json` reads back, exact for float32."""
+        plain = {name: getattr(self, name) for name in ("policy", "timesteps", "samples")}
+        for name in ("v_threshold", "v_init"):
+            plain[name] = {path: value.tolist() for path, value in getattr(self, name).items()}
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Calibration:
+        """Rebuild a calibration from :meth:`to_json`'s values."""
+        tensors = {
+            name: {path: torch.tensor(value, dtype=torch.float32) for path, value in plain[name].items()}
+            for name in ("v_threshold", "v_init")
+        }
+        return cls(plain["policy"], plain["timesteps"], plain["samples"], **tensors)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did to the graph.
+
+    Attributes:
+        timesteps: T.
+        calibration: the policy's name and number of samples.
+        fates: every node of the source and what became of it.
+        notices: what the user should know, in sentences.
+    """
+
+    timesteps: int
+    calibration: str
+    fates: tuple[NodeFate, ...]
+    notices: tuple[str, ...] = ()
+
+    def nodes(self) -> dict[str, list[str]]:
+        """Return the paths of activations by fate: converted, kept, refused."""
+        return {
+            fate: [node.path for node in self.fates if node.fate == fate] for fate in ("converted", "kept", "refused")
+        }
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """Work of one weighted layer for one sample, averaged over the samples seen.
+
+    Attributes:
+        path: of the layer.
+        ann_macs: multiply-accumulates of the ANN.
+        accumulates: SynOps of the SNN over T steps: incoming spikes times their fan-out.
+        macs: multiply-accumulates of the SNN over T steps, where the layer's input is not binary.
+    """
+
+    path: str
+    ann_macs: float
+    accumulates: float
+    macs: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network did on a data set.
+
+    Attributes:
+        samples: n.
+        snn_accuracy: fraction of 1 after t = 1…T steps; None without labels.
+        ann_accuracy: the source ANN's; None without labels or ANN.
+        agreement: fraction of samples where SNN and ANN give the same class, by t; None without ANN.
+        output_error: mean ‖SNN − ANN‖ / mean ‖ANN‖ of the outputs at T; None without ANN.
+        firing_rate: mean spikes per neuron and step, by site path.
+        layers: work by weighted layer.
+    """
+
+    samples: int
+    snn_accuracy: tuple[float, ...] | None
+    ann_accuracy: float | None
+    agreement: tuple[float, ...] | None
+    output_error: float | None
+    firing_rate: Mapping[str, float]
+    layers: tuple[LayerWork, ...] = field(default=())
+
+
+def plain_value(value: Any) -> Any:
+    """Return a frozen configuration as JSON-ready values: a dataclass becomes a dict with its ``type``.
+
+    >>> from lmh.sites import PerLayer
+    >>> plain_value(PerLayer())
+    {'type': 'PerLayer'}
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        inner = {item.name: plain_value(getattr(value, item.name)) for item in fields(value)}
+        return {"type": type(value).__name__, **inner}
+    if isinstance(value, Mapping):
+        return {key: plain_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_value(item) for item in value]
+    return value
+
+
+def frozen_value(plain: Any, types: Mapping[str, type]) -> Any:
+    """Rebuild what :func:`plain_value` wrote, from the types that the caller allows.
+
+    Raises:
+        KeyError: for a type that is not among ``types``.
+    """
+    if isinstance(plain, Mapping) and "type" in plain:
+        inner = {name: frozen_value(item, types) for name, item in plain.items() if name != "type"}
+        return types[plain["type"]](**inner)
+    if isinstance(plain, list):
+        return tuple(frozen_value(item, types) for item in plain)
+    return plain
+

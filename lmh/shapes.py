@@ -1,0 +1,97 @@
+"""Shapes of every node of a graph, without computing: fake tensors with two batch sizes show where N goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from .errors import ArgumentError
+from .ops import label
+
+BATCHES = (2, 3)
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, model: fx.GraphModule) -> None:
+        super().__init__(model)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            if getattr(error, "lmh_located", False):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            located = ArgumentError(
+                f"{label(n)}: an input of shape {self._input_shape()} does not fit ({reason}). "
+                "Pass example_input (on the command line --input-size C,H,W) of the shape that the model expects."
+            )
+            located.lmh_located = True  # type: ignore[attr-defined]
+            raise located from error
+        self.values[n] = value
+        return value
+
+    def _input_shape(self) -> list[int | str]:
+        first = next(value for node, value in self.values.items() if node.op == "placeholder")
+        return ["N", *first.shape[1:]]
+
+
+def node_values(model: fx.GraphModule, input_shape: Sequence[int]) -> dict[fx.Node, Any]:
+    """Return the value of every node as fake tensors (shape, dtype, no data) and plain numbers.
+
+    Args:
+        model: a traced network with one input.
+        input_shape: of the whole input, [N, *F] or [T, N, *F].
+
+    Raises:
+        ArgumentError: if the input does not fit, with the node where it showed.
+    """
+    recorder = _Recorder(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
+        recorder.run(torch.empty(tuple(input_shape), dtype=parameter.dtype, device=parameter.device))
+    return recorder.values
+
+
+def batch_use(pair: tuple[Any, Any]) -> str:
+    """Say how a node's value depends on N, from its values at the two batch sizes.
+
+    Returns:
+        ``"batched"`` (every tensor has N on axis 0 and nowhere else), ``"free"`` (N nowhere), ``"size"``
+        (a number that carries N), or ``"mixed"``.
+    """
+    leaves = [pytree.tree_leaves(_plain(value)) for value in pair]
+    if len(leaves[0]) != len(leaves[1]):
+        return "mixed"
+    return _worst([_leaf_use(a, b) for a, b in zip(*leaves, strict=True)])
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def _worst(uses: list[str]) -> str:
+    for use in ("mixed", "size", "batched"):
+        if use in uses:
+            return use
+    return "free"
+
+
+def _leaf_use(a: Any, b: Any) -> str:
+    if not isinstance(a, Tensor):
+        return "free" if a == b else "size"
+    if a.shape == b.shape:
+        return "free"
+    ratio_holds = a.ndim == b.ndim and a.ndim > 0 and a.shape[0] * BATCHES[1] == b.shape[0] * BATCHES[0]
+    return "batched" if ratio_holds and a.shape[1:] == b.shape[1:] else "mixed"
+
+
+def leading(value: Any) -> set[int]:
+    """Return the sizes of axis 0 of all tensors in ``value``."""
+    return {leaf.shape[0] for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim}

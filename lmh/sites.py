@@ -1,0 +1,249 @@
+"""SpikingSite: the LM-H neurons that stand where one activation of the ANN stood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError, StateError
+from .neurons import Coefficients, State, lmh_run
+from .surrogates import Surrogate, Triangle
+from .time_axis import TimeAxis, Timed
+
+
+@dataclass(frozen=True)
+class IF:
+    """λ_S = λ_D = 1, μ_S = μ_D = 0: the start of hybrid training, equal to QCFS with L = T."""
+
+    lambda_s: float = 1.0
+    lambda_d: float = 1.0
+    mu_s: float = 0.0
+    mu_d: float = 0.0
+
+
+@dataclass(frozen=True)
+class LIF:
+    """λ_S = leak, λ_D = 1, μ = 0: the start of progressive STBP."""
+
+    lambda_s: float = 0.5
+    lambda_d: float = 1.0
+    mu_s: float = 0.0
+    mu_d: float = 0.0
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """One value for the whole site, shape []."""
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One value for each channel (axis 1 of the activation), shape [C]."""
+
+
+@dataclass(frozen=True)
+class PerStep:
+    """One value for each step, indexed by absolute t, shape [T]."""
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Open intervals (low, high) that the learnable coefficients stay in. Without units."""
+
+    lambda_s: tuple[float, float] = (0.0, 1.5)
+    lambda_d: tuple[float, float] = (0.5, 1.5)
+    mu_s: tuple[float, float] = (-0.5, 0.5)
+    mu_d: tuple[float, float] = (-0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class LMH:
+    """What kind of neuron a conversion puts in.
+
+    Attributes:
+        preset: the coefficients at the start, ``IF()`` or ``LIF(leak)``.
+        granularity: of the raw values of λ, μ (and of θ, where it is the finer of the two).
+        ranges: what λ and μ can reach.
+        surrogate: ds/du of the backward pass.
+    """
+
+    preset: IF | LIF = field(default_factory=IF)
+    granularity: PerLayer | PerChannel | PerStep = field(default_factory=PerLayer)
+    ranges: Ranges = field(default_factory=Ranges)
+    surrogate: Surrogate = field(default_factory=Triangle)
+
+    def __post_init__(self) -> None:
+        for name in COEFFICIENTS:
+            preset, (low, high) = getattr(self.preset, name), getattr(self.ranges, name)
+            if not low < preset < high:
+                raise ArgumentError(
+                    f"LMH: the preset's {name} is {preset}; expected it inside ({low}, {high}). "
+                    "Widen it with ranges=Ranges(...)."
+                )
+
+
+COEFFICIENTS = ("lambda_s", "lambda_d", "mu_s", "mu_d")
+
+
+def bounded(raw: Tensor, preset: float, low: float, high: float) -> Tensor:
+    """Map a raw value onto (low, high): 0 gives ``preset`` exactly, with slope 1 there (ours).
+
+    >>> bounded(torch.tensor(0.0), 0.5, 0.0, 1.5).item()
+    0.5
+    """
+    up, down = high - preset, preset - low
+    return preset + torch.where(raw >= 0, up * torch.tanh(raw / up), down * torch.tanh(raw / down))
+
+
+def _aligned(value: Tensor, ndim: int) -> Tensor:
+    """Give a scalar or [C] the shape that broadcasts against [N, C, *F] with ``ndim`` axes."""
+    return value if value.ndim == 0 else value.reshape(-1, *[1] * (ndim - 2))
+
+
+class SpikingSite(Timed):
+    """LM-H neurons in the place of one activation.
+
+    Args:
+        time: the network's time axis.
+        v_threshold: θ₀, shape [] or [C], in the unit of the current.
+        v_init: v_S[0] as a fraction of θ, shape [] or [C].
+        neuron: preset, granularity, ranges, surrogate.
+        channels: C, needed by ``PerChannel()``.
+        static: the current does not depend on time: it comes as [N, *F] and is taken T times.
+
+    Parameters (a raw value of 0 is the start): ``raw_threshold`` with θ = θ₀ exp(raw), ``raw_lambda_s``,
+    ``raw_lambda_d``, ``raw_mu_s``, ``raw_mu_d`` through :func:`bounded`, and ``v_init``.
+
+    Raises:
+        ArgumentError: if a threshold is not finite and positive, or C does not fit.
+    """
+
+    def __init__(
+        self,
+        time: TimeAxis,
+        v_threshold: Tensor,
+        v_init: Tensor,
+        neuron: LMH,
+        *,
+        channels: int | None = None,
+        static: bool = False,
+    ) -> None:
+        super().__init__(time)
+        self.neuron = neuron
+        self.static = static
+        base = v_threshold.detach().clone().float()
+        for name, value in {"v_threshold": base, "v_init": v_init}.items():
+            if value.ndim > 1 or (value.ndim == 1 and channels is not None and len(value) != channels):
+                raise ArgumentError(f"{name} has shape {list(value.shape)}; expected [] or [{channels}].")
+        if not (torch.isfinite(base).all() and (base > 0).all()):
+            raise ArgumentError(f"v_threshold is {base.tolist()}; expected finite numbers above 0.")
+        shape = self._granular_shape(channels)
+        self.register_buffer("base_threshold", base)
+        self.raw_threshold = nn.Parameter(torch.zeros(self._threshold_shape(shape, base)))
+        self.v_init = nn.Parameter(v_init.detach().clone().float().expand(base.shape).clone())
+        for name in COEFFICIENTS:
+            self.register_parameter(f"raw_{name}", nn.Parameter(torch.zeros(shape)))
+        self._carried: tuple[State, int] | None = None
+
+    def _granular_shape(self, channels: int | None) -> tuple[int, ...]:
+        match self.neuron.granularity:
+            case PerLayer():
+                return ()
+            case PerChannel():
+                if channels is None:
+                    raise ArgumentError("PerChannel() needs channels=; this site has none.")
+                return (channels,)
+            case PerStep():
+                return (self.time.timesteps,)
+
+    def _threshold_shape(self, shape: tuple[int, ...], base: Tensor) -> tuple[int, ...]:
+        if isinstance(self.neuron.granularity, PerStep):
+            return (*shape, *base.shape)
+        return tuple(torch.broadcast_shapes(shape, base.shape))
+
+    @property
+    def v_threshold(self) -> Tensor:
+        """θ, shape [] or [C] (with a first axis of T for ``PerStep()``), in the unit of the current."""
+        return self.base_threshold * self.raw_threshold.exp()
+
+    def coefficient(self, name: str) -> Tensor:
+        """Return λ_S, λ_D, μ_S or μ_D by its name, shape [], [C] or [T]."""
+        low, high = getattr(self.neuron.ranges, name)
+        return bounded(getattr(self, f"raw_{name}"), getattr(self.neuron.preset, name), low, high)
+
+    def forward(self, current: Tensor) -> Tensor:
+        """Run the neurons over the steps of this call.
+
+        Args:
+            current: [T·N, *F], or [N, *F] where the site is static; in the unit of θ.
+
+        Returns:
+            θ s, [T·N, *F], of the current's dtype. The state is float32 for 16-bit currents.
+
+        Raises:
+            StateError: if the carried state is of another shape, or per-step parameters end before t.
+        """
+        steps = self.time.steps
+        dtype = torch.float32 if current.dtype in (torch.float16, torch.bfloat16) else current.dtype
+        per_step = (current,) * steps if self.static else self.unfold(current).unbind(0)
+        state, start = self._start(per_step[0], dtype)
+        values = self._values(dtype, per_step[0].ndim, start, steps)
+        output, state = lmh_run(
+            lambda k: per_step[k].to(dtype),
+            steps,
+            state,
+            lambda k: Coefficients(*(value[k] for value in values)),
+            self.neuron.surrogate,
+        )
+        if self.time.carry:
+            self._carried = State(state.v_dendrite.detach(), state.v_soma.detach()), start + steps
+        return output.to(current.dtype)
+
+    def _values(self, dtype: torch.dtype, ndim: int, start: int, steps: int) -> list[list[Tensor]]:
+        """θ, λ and μ for each of the ``steps`` steps from ``start`` on, aligned with the current."""
+        tensors = [self.v_threshold, *(self.coefficient(name) for name in COEFFICIENTS)]
+        if not isinstance(self.neuron.granularity, PerStep):
+            return [[_aligned(tensor.to(dtype), ndim)] * steps for tensor in tensors]
+        if start + steps > self.time.timesteps:
+            raise StateError(
+                f"steps {start + 1} to {start + steps} were asked for; the per-step parameters end at "
+                f"{self.time.timesteps}. Run at most {self.time.timesteps} steps, or convert with more."
+            )
+        return [[_aligned(tensor[t].to(dtype), ndim) for t in range(start, start + steps)] for tensor in tensors]
+
+    def _start(self, current: Tensor, dtype: torch.dtype) -> tuple[State, int]:
+        """Return the state before the first step of this call and the number of steps already run."""
+        if self._carried is not None:
+            state, start = self._carried
+            if state.v_soma.shape != current.shape:
+                raise StateError(
+                    f"the carried state has shape {list(state.v_soma.shape)} and the current "
+                    f"{list(current.shape)}; expected the same. Open a new carry_state block for each batch."
+                )
+            return state, start
+        theta = self.v_threshold[0] if isinstance(self.neuron.granularity, PerStep) else self.v_threshold
+        soma = _aligned((self.v_init * theta).to(dtype), current.ndim).expand(current.shape)
+        return State(torch.zeros_like(current, dtype=dtype), soma), 0
+
+    def drop_state(self) -> None:
+        """Forget the carried state."""
+        self._carried = None
+
+    def extra_repr(self) -> str:
+        """Return θ's mean, the preset and T, for the module's repr."""
+        theta = float(self.v_threshold.mean()) if self.base_threshold.device.type != "meta" else float("nan")
+        return f"v_threshold={theta:.4g}, {self.neuron.preset}, timesteps={self.time.timesteps}"
+
+
+def sites(snn: nn.Module) -> dict[str, SpikingSite]:
+    """Return the spiking sites of a network by path, in the order in which they run.
+
+    A path is the one of the activation that the site replaced; a module called at several places has
+    one site for each, ``layer1.0.relu`` and ``layer1.0.relu_1``.
+    """
+    found = {name: module for name, module in snn.named_modules() if isinstance(module, SpikingSite)}
+    graph = getattr(snn, "graph", None)
+    ordered = [] if graph is None else [node.target for node in graph.nodes if node.target in found]
+    return {name: found[name] for name in ordered} or found

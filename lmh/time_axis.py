@@ -1,0 +1,226 @@
+"""Time: folded into the batch between graph nodes, unfolded only inside a site.
+
+A spiking network runs T steps in one forward call. Between nodes a tensor is either constant, [N, *F], or
+timed, [T·N, *F] with time outermost. After the last site the affine tail of a network in eval mode runs on
+the mean over time, [N, *F]. One :class:`TimeAxis`, shared by all modules of a network, says how many steps
+the present call has and what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError, StateError
+
+MAX_TIMESTEPS = 1024
+
+
+class Readout(Enum):
+    """What a forward call returns."""
+
+    MEAN = "mean over time, [N, *F]"
+    PREFIXES = "the mean over steps 1…t, for every t, [T, N, *F]"
+    PER_STEP = "every step, [T, N, *F]"
+
+
+@dataclass(eq=False)
+class TimeAxis:
+    """The time axis of one network.
+
+    Attributes:
+        timesteps: T, as converted.
+        steps: steps of the present call; T outside :func:`per_step` with ``steps=``.
+        readout: what the present call returns.
+        carry: whether the sites keep their state for the next call.
+    """
+
+    timesteps: int
+    steps: int = 0
+    readout: Readout = Readout.MEAN
+    carry: bool = False
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.timesteps, int) and 1 <= self.timesteps <= MAX_TIMESTEPS):
+            raise ArgumentError(
+                f"timesteps is {self.timesteps!r}; expected a whole number from 1 to {MAX_TIMESTEPS}. "
+                "Most converted networks need 4 to 32."
+            )
+        self.steps = self.timesteps
+
+
+class Timed(nn.Module):
+    """A module that knows its network's time axis."""
+
+    def __init__(self, time: TimeAxis) -> None:
+        super().__init__()
+        self.time = time
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """Return [T·N, *F] as [T, N, *F], without a copy."""
+        return x.unflatten(0, (self.time.steps, -1))
+
+    def drop_state(self) -> None:
+        """Forget what was kept for the next call; only sites keep anything."""
+
+
+class FoldEvents(Timed):
+    """The entrance of a network that takes frames over time: [T, N, *F] → [T·N, *F]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fold time into the batch."""
+        if x.shape[0] != self.time.steps:
+            raise ArgumentError(
+                f"input: the first axis has {x.shape[0]} steps; expected {self.time.steps}, as this call "
+                f"runs that many. Pass frames as [T, N, …]."
+            )
+        return x.flatten(0, 1)
+
+
+class RepeatOverTime(Timed):
+    """Where a constant meets a timed tensor: [N, *F] → [T·N, *F]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Repeat ``x`` for every step."""
+        return x.repeat(self.time.steps, *[1] * (x.ndim - 1))
+
+
+def _reduce(time: TimeAxis, x: Tensor) -> Tensor:
+    """Mean over time of a folded tensor, or its mean over every prefix, folded again."""
+    unfolded = x.unflatten(0, (time.steps, -1))
+    if time.readout is Readout.MEAN:
+        return unfolded.mean(0)
+    count = torch.arange(1, time.steps + 1, device=x.device, dtype=x.dtype)
+    return (unfolded.cumsum(0) / count.reshape(-1, *[1] * (x.ndim))).flatten(0, 1)
+
+
+class EnterTail(Timed):
+    """Before the affine nodes behind the last site: the mean over time in eval mode.
+
+    An affine node commutes with the mean, so it runs once instead of T times. In train mode, where
+    BatchNorm and dropout see single steps, and for per-step outputs the tensor stays [T·N, *F].
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reduce [T·N, *F] to [N, *F], to prefix means [T·N, *F], or pass it on."""
+        if self.training or self.time.readout is Readout.PER_STEP:
+            return x
+        return _reduce(self.time, x)
+
+
+class RepeatInTail(RepeatOverTime):
+    """Where a constant meets the tail: repeated unless the tail runs on the mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Repeat ``x`` for every step that the tail runs."""
+        if self.training or self.time.readout is not Readout.MEAN:
+            return super().forward(x)
+        return x
+
+
+class LeaveTail(Timed):
+    """Behind the affine tail: the mean over time in train mode, where the tail ran step by step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reduce what :class:`EnterTail` left unreduced."""
+        if self.training and self.time.readout is not Readout.PER_STEP:
+            return _reduce(self.time, x)
+        return x
+
+
+class LeaveTime(Timed):
+    """The exit of a network: [N, *F] as it is, or [T·N, *F] → [T, N, *F]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the result the shape that the caller asked for."""
+        return x if self.time.readout is Readout.MEAN else self.unfold(x)
+
+
+def time_axis(snn: nn.Module) -> TimeAxis:
+    """Return the time axis of a converted network, wrapped or not (DDP, torch.compile).
+
+    Raises:
+        ArgumentError: if ``snn`` holds no converted network.
+    """
+    for module in snn.modules():
+        if isinstance(module, Timed):
+            return module.time
+    raise ArgumentError(
+        f"{type(snn).__name__} has no spiking sites; expected a network made by lmh.convert.convert. Convert it first."
+    )
+
+
+@contextmanager
+def call(time: TimeAxis, readout: Readout, steps: int | None) -> Iterator[None]:
+    """Let the forward calls inside this block run ``steps`` steps (T if None) and return ``readout``."""
+    before = time.readout, time.steps
+    time.readout = readout
+    time.steps = time.steps if steps is None else TimeAxis(steps).timesteps
+    try:
+        yield
+    finally:
+        time.readout, time.steps = before
+
+
+def per_step(snn: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
+    """Run ``snn`` and return its output at every step.
+
+    Args:
+        snn: a converted network.
+        x: input, [N, *F], or [T, N, *F] for a network converted with ``EventFrames()``.
+        steps: how many steps to run, T unless given. Inside :func:`carry_state` each call runs the next ones.
+
+    Returns:
+        [steps, N, *out]; its mean over axis 0 is ``snn(x)`` up to rounding.
+
+    Raises:
+        ArgumentError: if ``snn`` is not a converted network or ``steps`` is out of range.
+    """
+    with call(time_axis(snn), Readout.PER_STEP, steps):
+        return snn(x)
+
+
+def prefixes(snn: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
+    """Run ``snn`` once and return what it would have answered after every t ≤ T.
+
+    Args:
+        snn: a converted network.
+        x: input, as for :func:`per_step`.
+        steps: how many steps to run, T unless given.
+
+    Returns:
+        [steps, N, *out]; entry t−1 is the answer after t steps, the last one is ``snn(x)``.
+
+    Raises:
+        ArgumentError: as :func:`per_step`.
+    """
+    with call(time_axis(snn), Readout.PREFIXES, steps):
+        return snn(x)
+
+
+@contextmanager
+def carry_state(snn: nn.Module) -> Iterator[None]:
+    """Keep the membrane state from call to call inside this block, detached between calls.
+
+    For streaming, early exit and time slices: ``per_step(snn, x, steps=k)`` runs the next k steps. Leaving
+    the block drops the state; outside of it every call starts anew.
+
+    Raises:
+        StateError: if a block is already open, or a call comes with another batch shape.
+    """
+    time = time_axis(snn)
+    if time.carry:
+        raise StateError("carry_state: a block is already open for this network. Close it before opening another.")
+    time.carry = True
+    try:
+        yield
+    finally:
+        time.carry = False
+        for module in snn.modules():
+            if isinstance(module, Timed):
+                module.drop_state()

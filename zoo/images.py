@@ -1,0 +1,135 @@
+"""What happens to images between a data set and a network, in whole batches on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from ..errors import ArgumentError, DataError
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Input size and normalisation, x = (pixel/255 − mean)/std per channel.
+
+    Attributes:
+        input_size: (C, H, W).
+        mean: per channel, in units of full brightness.
+        std: per channel, likewise.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        channels = self.input_size[0]
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise ArgumentError(
+                f"normalisation has {len(self.mean)} means and {len(self.std)} deviations for {channels} channels; "
+                "expected one for each. Pass --mean and --std to fit --input-size."
+            )
+        if not all(value > 0 for value in self.std):
+            raise ArgumentError(f"std is {self.std}; expected values above 0.")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return normalised float32 [N, C, H, W] from uint8 [N, C, H, W], resized where sizes differ."""
+        if images.shape[1] != self.input_size[0]:
+            raise DataError(
+                f"the images have {images.shape[1]} channels and the model takes {self.input_size[0]}; expected the same. "
+                "Use data of the right kind, or name the model's input with --input-size C,H,W."
+            )
+        x = images.float() / 255
+        if tuple(images.shape[2:]) != self.input_size[1:]:
+            x = F.interpolate(x, self.input_size[1:], mode="bilinear", antialias=True)
+        mean, std = (x.new_tensor(values).reshape(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (x - mean) / std
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """Random crop after zero padding, and random horizontal flip, drawn for each image of a batch."""
+
+    padding: int = 4
+    flip: bool = True
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return augmented images of the same shape and type, [N, C, H, W]."""
+        count, _, height, width = images.shape
+        if self.flip:
+            mirrored = torch.rand(count, generator=generator) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        if self.padding == 0:
+            return images
+        padded = F.pad(images, [self.padding] * 4)
+        top, left = torch.randint(0, 2 * self.padding + 1, (2, count, 1), generator=generator)
+        rows, columns = top + torch.arange(height), left + torch.arange(width)
+        picked = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        return picked.permute(0, 3, 1, 2).contiguous()
+
+
+class Split(Protocol):
+    """One part of a data set."""
+
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        """Return n."""
+        ...
+
+    def images(self, indices: Tensor) -> Tensor:
+        """Return uint8 [len(indices), C, H, W]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of a split for a network: iterate as often as wanted.
+
+    Yields (x, y) with x float32 [N, C, H, W] normalised and y int64 [N], or x alone without labels. Without
+    a ``shuffle_seed`` the order is fixed; with one it is drawn anew for each epoch from (seed, epoch), and so
+    is the augmentation, so that a resumed run sees the same batches.
+    """
+
+    split: Split
+    preprocessing: Preprocessing
+    batch_size: int = 128
+    indices: Tensor | None = None
+    augmentation: CropFlip | None = None
+    shuffle_seed: int | None = None
+    epoch: int = 0
+
+    def at_epoch(self, epoch: int) -> Batches:
+        """Return the batches of another epoch."""
+        return replace(self, epoch=epoch)
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return len(self.split) if self.indices is None else len(self.indices)
+
+    def __iter__(self) -> Iterator[Any]:
+        order = torch.arange(len(self.split)) if self.indices is None else self.indices
+        generator = torch.Generator()
+        if self.shuffle_seed is not None:
+            generator.manual_seed((self.shuffle_seed * 1_000_003 + self.epoch) % 2**63)
+            order = order[torch.randperm(len(order), generator=generator)]
+        for chosen in order.split(self.batch_size):
+            images = self.split.images(chosen)
+            if self.augmentation is not None:
+                images = self.augmentation(images, generator)
+            x = self.preprocessing(images)
+            yield x if self.split.labels is None else (x, self.split.labels[chosen])
+
+
+def seeded_order(split: Split, seed: int) -> Tensor:
+    """Return a permutation of a split's indices; the first N of it are "the first N samples" of this seed."""
+    return torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
