@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from ..records import Calibration, Prepared, Spike, plain_value
-from ..sites import PerLayer
+from ..spiking import PerLayer
 from .histogram import Histogram, observe
 from .policies import BatchNormStatistics, Max, MinError, Percentile, Policy
 from .statistics import predicted_histograms

@@ -111,7 +111,7 @@ def observe(model: nn.Module, paths: Sequence[str], batches: Iterable[Any]) -> t
     with ExitStack() as stack, torch.no_grad():
         for path in paths:
             handle = model.get_submodule(path).register_forward_pre_hook(
-                lambda _module, args, path=path: watch(path, args[0])  # type: ignore[misc]
+                lambda _module, args, path=path: watch(path, args[0])
             )
             stack.callback(handle.remove)
         for batch in batches:

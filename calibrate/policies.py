@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..qcfs import quantize
-from ..sites import PerChannel, PerLayer
+from ..spiking import PerChannel, PerLayer
 from .histogram import Histogram
 
 GRID = 128

@@ -88,9 +88,7 @@ def largest_of(count: int) -> tuple[float, float]:
     return mean, float((weight * middle**2).sum()) - mean * mean
 
 
-def _carry(
-    node: fx.Node, moments: dict[fx.Node, Moments | None], values: dict[fx.Node, Any]
-) -> Moments | None:
+def _carry(node: fx.Node, moments: dict[fx.Node, Moments | None], values: dict[fx.Node, Any]) -> Moments | None:
     module = module_of(node)
     if isinstance(module, BATCHNORM_MODULES):
         return _batchnorm(module)
@@ -118,7 +116,7 @@ def _carry(
 def _batchnorm(module: nn.Module) -> Moments | None:
     weight, bias = module.weight, module.bias
     if weight is None or bias is None:
-        zeros = torch.zeros_like(module.running_mean) if module.running_mean is not None else None  # type: ignore[arg-type, call-overload]
+        zeros = torch.zeros_like(module.running_mean) if module.running_mean is not None else None
         return None if zeros is None else Moments(zeros, torch.ones_like(zeros))
     return Moments(bias.detach(), weight.detach() ** 2)  # type: ignore[operator]
 
@@ -129,7 +127,7 @@ def _is_sum(node: fx.Node) -> bool:
 
 
 def _weighted(module: nn.Module, before: Moments) -> Moments | None:
-    weight = module.weight.detach()  # type: ignore[operator, union-attr]
+    weight = module.weight.detach()
     transposed = "Transpose" in type(module).__name__
     groups = getattr(module, "groups", 1)
     if transposed:
@@ -141,7 +139,7 @@ def _weighted(module: nn.Module, before: Moments) -> Moments | None:
     mean = _grouped(kernel, before.mean, groups)
     variance = _grouped(squared, before.variance, groups)
     bias = module.bias
-    return Moments(mean if bias is None else mean + bias.detach(), variance)  # type: ignore[operator, union-attr]
+    return Moments(mean if bias is None else mean + bias.detach(), variance)
 
 
 def _grouped(matrix: Tensor, vector: Tensor, groups: int) -> Tensor:

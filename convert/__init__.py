@@ -7,5 +7,20 @@ from .rules import DEFAULT_RULES, as_neuron, from_qcfs, keep
 from .spike import DirectCoding, EventFrames
 from .storage import load, save
 
-__all__ = ["DEFAULT_RULES", "Conversion", "DirectCoding", "EventFrames", "Recipe", "Source", "as_neuron", "assemble",
-           "convert", "from_qcfs", "keep", "load", "load_source", "prepare", "save"]  # fmt: skip
+__all__ = [
+    "DEFAULT_RULES",
+    "Conversion",
+    "DirectCoding",
+    "EventFrames",
+    "Recipe",
+    "Source",
+    "as_neuron",
+    "assemble",
+    "convert",
+    "from_qcfs",
+    "keep",
+    "load",
+    "load_source",
+    "prepare",
+    "save",
+]

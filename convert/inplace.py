@@ -29,7 +29,8 @@ def make_functional(model: fx.GraphModule) -> list[str]:
                 "shared memory. Use the out-of-place form here."
             )
             continue
-        target.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
+        for user in [user for user in target.users if order[user] > order[node]]:
+            user.replace_input_with(target, node)
         _drop_in_place(node)
     model.recompile()
     return problems

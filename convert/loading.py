@@ -112,8 +112,8 @@ def _unwrapped(path: Path, found: Mapping[Any, Any]) -> Any:
     if any(isinstance(value, Tensor) for value in found.values()):
         return found
     raise SourceError(
-        f"{path}: a dict with the keys {', '.join(map(str, list(found)[:8])) or 'none'} and no state_dict; expected one "
-        f"under {', '.join(WRAPPERS)}. Save model.state_dict()."
+        f"{path}: a dict with the keys {', '.join(map(str, list(found)[:8])) or 'none'} and no state_dict; "
+        f"expected one under {', '.join(WRAPPERS)}. Save model.state_dict()."
     )
 
 
@@ -157,8 +157,9 @@ def _recognised(path: Path, state: dict[str, Tensor]) -> tuple[Card, tuple[str, 
             return zoo.card(fitting[0]), (f"Recognised {fitting[0]} with {classes} classes from names and shapes.",)
     near = _nearest(wanted)
     raise ArchitectureError(
-        f"{path}: {len(wanted)} tensors ({', '.join(list(wanted)[:SHOWN])}, …) that fit no architecture of the zoo or of "
-        f"torchvision; nearest is {near}. Name it with --arch, or convert the module with lmh.convert.convert(model, …)."
+        f"{path}: {len(wanted)} tensors ({', '.join(list(wanted)[:SHOWN])}, …) that fit no architecture of the zoo "
+        f"or of torchvision; nearest is {near}. Name it with --arch, or convert the module with "
+        "lmh.convert.convert(model, …)."
     )
 
 
@@ -188,7 +189,11 @@ def _mismatch(path: Path, card: Card, state: dict[str, Tensor]) -> str:
     lines = [
         *(f"missing {key}" for key in wanted if key not in got),
         *(f"unexpected {key}" for key in got if key not in wanted),
-        *(f"{key} is {list(got[key])} instead of {list(wanted[key])}" for key in wanted if got.get(key, wanted[key]) != wanted[key]),
+        *(
+            f"{key} is {list(got[key])} instead of {list(wanted[key])}"
+            for key in wanted
+            if got.get(key, wanted[key]) != wanted[key]
+        ),
     ]
     more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     return f"{path}: does not fit {card.name}: {'; '.join(lines[:SHOWN])}{more}. Choose another --arch."

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from ..calibrate import BatchNormStatistics, MinError, Policy, calibrate
 from ..errors import ArgumentError
 from ..records import Calibration, Keep, Prepared, Report
-from ..sites import LMH
+from ..spiking import LMH
 from ..time_axis import TimeAxis
 from .prepare import prepare
 from .rules import Rules
@@ -108,16 +107,16 @@ def convert(
         if policy is None:
             policy = BatchNormStatistics() if data is None else MinError()
             if data is None:
-                notices.append("No data was given, so thresholds came from BatchNorm statistics; data gives better ones.")
+                notices.append(
+                    "No data was given, so thresholds came from BatchNorm statistics; data gives better ones."
+                )
         if isinstance(encoding, EventFrames) and data is not None:
             data = _frames(data)
         calibration = calibrate(prepared, policy, timesteps, data)
     return assemble(prepared, calibration, recipe, tuple(notices))
 
 
-def assemble(
-    prepared: Prepared, calibration: Calibration, recipe: Recipe, notices: tuple[str, ...] = ()
-) -> Conversion:
+def assemble(prepared: Prepared, calibration: Calibration, recipe: Recipe, notices: tuple[str, ...] = ()) -> Conversion:
     """Build the spiking network of a prepared ANN from a known calibration: what loading and replaying use."""
     missing = [path for path in prepared.spiking if path not in calibration.v_threshold]
     if missing:
@@ -147,7 +146,8 @@ def _first_batch(
         )
     if example_input is not None:
         return data, example_input
-    iterator = iter(data)  # type: ignore[arg-type]
+    assert data is not None
+    iterator = iter(data)
     first = next(iterator, None)
     if first is None:
         raise ArgumentError("convert: data= gave no batch; expected at least one. Check the data set.")

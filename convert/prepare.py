@@ -83,7 +83,9 @@ def _activations_to_modules(model: fx.GraphModule, decisions: Decisions) -> dict
                 path = unique_path(model, path)
         else:
             owner = owner_path(node)
-            path = unique_path(model, f"{owner}.{type(module).__name__.lower()}" if owner else type(module).__name__.lower())
+            path = unique_path(
+                model, f"{owner}.{type(module).__name__.lower()}" if owner else type(module).__name__.lower()
+            )
         model.add_submodule(path, module)
         with model.graph.inserting_before(node):
             call = model.graph.call_module(path, (node.args[0] if node.args else node.kwargs["input"],))
@@ -132,7 +134,7 @@ def _pooled(model: fx.GraphModule, pool: fx.Node, source: fx.Node, by_path: dict
     read = source.args[0] if spiking else source
     behind = pool.all_input_nodes[0]
     with graph.inserting_before(pool):
-        new_pool = graph.node_copy(pool, lambda node: read if node is behind else node)  # type: ignore[arg-type, return-value]
+        new_pool = graph.node_copy(pool, lambda node: read if node is behind else node)
         if not spiking:
             return new_pool
         new_path = path

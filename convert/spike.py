@@ -14,7 +14,7 @@ from ..errors import AuditError
 from ..ops import Kind, kind_of, label
 from ..records import Calibration, Prepared, Spike
 from ..shapes import BATCHES, batch_use, leading, node_values
-from ..sites import LMH, SpikingSite
+from ..spiking import LMH, SpikingSite
 from ..time_axis import (
     EnterTail,
     FoldEvents,
@@ -56,7 +56,9 @@ _OUTSIDE = (Region.TAIL, Region.READOUT)
 _COMMUTES_WITH_MEAN = (Kind.SYNAPSE, Kind.AFFINE, Kind.SHAPE, Kind.SIZE)
 
 
-def spike(prepared: Prepared, calibration: Calibration, neuron: LMH, encoding: Encoding, timesteps: int) -> fx.GraphModule:
+def spike(
+    prepared: Prepared, calibration: Calibration, neuron: LMH, encoding: Encoding, timesteps: int
+) -> fx.GraphModule:
     """Replace the activations of a prepared ANN by LM-H neurons and fold time into the batch.
 
     Args:
@@ -126,9 +128,7 @@ def _regions(graph: fx.Graph, prepared: Prepared, encoding: Encoding) -> dict[fx
     return regions
 
 
-def _own_sizes(
-    graph: fx.Graph, regions: dict[fx.Node, Region], uses: dict[str, str], exactly_n: set[str]
-) -> list[str]:
+def _own_sizes(graph: fx.Graph, regions: dict[fx.Node, Region], uses: dict[str, str], exactly_n: set[str]) -> list[str]:
     """Let every timed node read the batch size off the tensor that it reshapes, not off another one."""
     problems = []
     for node in list(graph.nodes):
@@ -259,13 +259,12 @@ def _misfolded(
     for node, pair in pairs.items():
         if batch_use(pair) in ("free", "size") or node.op in ("output", "placeholder"):
             continue
-        at_each_step = home[node.name] is Region.TIMED or (
-            home[node.name] in _OUTSIDE and readout is Readout.PER_STEP
-        )
+        at_each_step = home[node.name] is Region.TIMED or (home[node.name] in _OUTSIDE and readout is Readout.PER_STEP)
         expected = [batch * (timesteps if at_each_step else 1) for batch in BATCHES]
         if batch_use(pair) == "mixed" or [leading(value) for value in pair] != [{size} for size in expected]:
             shapes = [sorted(leading(value)) for value in pair]
             yield (
                 f"{label(node)}: its first axis is {shapes} at batch sizes {list(BATCHES)} and T = {timesteps}; "
-                f"expected {expected}, time folded into the batch. Reshape with y.size(0) of the same tensor, or flatten(1)."
+                f"expected {expected}, time folded into the batch. "
+                "Reshape with y.size(0) of the same tensor, or flatten(1)."
             )

@@ -14,7 +14,7 @@ from .. import zoo
 from ..artifact import file_digest, read_snn, versions, write_snn
 from ..errors import ArtifactError
 from ..records import Calibration, frozen_value, plain_value
-from ..sites import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, sites
+from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, sites
 from ..surrogates import Arctan, Rectangle, Sigmoid, Triangle
 from .loading import load_source
 from .pipeline import Conversion, Recipe, assemble
@@ -24,8 +24,22 @@ from .spike import DirectCoding, EventFrames
 
 _TYPES = {
     kind.__name__: kind
-    for kind in (Recipe, LMH, IF, LIF, PerLayer, PerChannel, PerStep, Ranges, Triangle, Rectangle, Sigmoid, Arctan,
-                 DirectCoding, EventFrames)  # fmt: skip
+    for kind in (
+        Recipe,
+        LMH,
+        IF,
+        LIF,
+        PerLayer,
+        PerChannel,
+        PerStep,
+        Ranges,
+        Triangle,
+        Rectangle,
+        Sigmoid,
+        Arctan,
+        DirectCoding,
+        EventFrames,
+    )
 }
 MANIFEST = "lmh_manifest"
 
@@ -72,7 +86,13 @@ def save(
     return path
 
 
-def load(file: str | Path, source: str | nn.Module | None = None, *, rules: Rules | None = None) -> fx.GraphModule:
+def load(
+    file: str | Path,
+    source: str | nn.Module | None = None,
+    *,
+    rules: Rules | None = None,
+    trust_pickle: bool = False,
+) -> fx.GraphModule:
     """Read a spiking network that :func:`save` wrote.
 
     Args:
@@ -80,6 +100,7 @@ def load(file: str | Path, source: str | nn.Module | None = None, *, rules: Rule
         source: what the graph is rebuilt from when the manifest names no architecture: the source file, whose
             digest is checked, or a module of the same class.
         rules: the rules of the conversion, if it had any of its own.
+        trust_pickle: let a pickled ``source`` file run code.
 
     Returns:
         The network in eval mode on the CPU; its manifest is ``snn.meta["lmh_manifest"]``.
@@ -90,7 +111,7 @@ def load(file: str | Path, source: str | nn.Module | None = None, *, rules: Rule
     path = zoo.snn_path(file) if isinstance(file, str) and file.startswith("zoo:") else Path(file).expanduser()
     tensors, manifest = read_snn(path)
     recipe: Recipe = frozen_value(manifest["recipe"], _TYPES)
-    ann = _architecture(path, manifest["source"], source)
+    ann = _architecture(path, manifest["source"], source, trust_pickle)
     prepared = prepare(ann, recipe.sample_shape, rules=rules)
     snn = assemble(prepared, _stored_calibration(path, manifest, tensors), recipe).snn
     if _structure(snn) != manifest["structure"]:
@@ -103,7 +124,9 @@ def load(file: str | Path, source: str | nn.Module | None = None, *, rules: Rule
     return snn
 
 
-def _architecture(path: Path, record: Mapping[str, Any], source: str | nn.Module | None) -> nn.Module:
+def _architecture(
+    path: Path, record: Mapping[str, Any], source: str | nn.Module | None, trust_pickle: bool
+) -> nn.Module:
     if isinstance(source, nn.Module):
         return source
     if source is not None:
@@ -112,11 +135,11 @@ def _architecture(path: Path, record: Mapping[str, Any], source: str | nn.Module
             raise ArtifactError(
                 f"{source}: its sha256 is {digest} and {path} was made from {record['sha256']}; expected the same file."
             )
-        return load_source(source).model
+        return load_source(source, trust_pickle=trust_pickle).model
     if record["architecture"] is None:
         raise ArtifactError(
-            f"{path}: was made from {record['name'] or 'a module of your own'}, which cannot be built by name. Pass it: "
-            "load(file, source=model), on the command line --source FILE."
+            f"{path}: was made from {record['name'] or 'a module of your own'}, which cannot be built by name. "
+            "Pass it: load(file, source=model), on the command line --source FILE."
         )
     return zoo.card(record["architecture"]).build(num_classes=record["num_classes"])
 
@@ -128,7 +151,9 @@ def _stored_calibration(path: Path, manifest: Mapping[str, Any], tensors: Mappin
             for name, key in (("v_threshold", "base_threshold"), ("v_init", "v_init"))
         }
     except KeyError as error:
-        raise ArtifactError(f"{path}: tensor {error} is missing; expected every site's. Make the file again.") from error
+        raise ArtifactError(
+            f"{path}: tensor {error} is missing; expected every site's. Make the file again."
+        ) from error
     known = manifest["calibration"]
     return Calibration(known["policy"], known["timesteps"], known["samples"], **found)
 

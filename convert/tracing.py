@@ -46,7 +46,8 @@ def _check(ann: nn.Module) -> None:
         raise ArgumentError(f"convert: the model is a {type(ann).__name__}; expected a torch.nn.Module.")
     if isinstance(ann, torch.jit.ScriptModule):
         raise ArgumentError(
-            "convert: the model is TorchScript, whose graph cannot be rewritten. Pass the nn.Module it was scripted from."
+            "convert: the model is TorchScript, whose graph cannot be rewritten. "
+            "Pass the nn.Module it was scripted from."
         )
     for name, tensor in (*ann.named_parameters(), *ann.named_buffers()):
         if tensor.device.type != "meta" and tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -65,4 +66,3 @@ def _untraceable(error: Exception) -> str:
         f"{where} depends on the values of tensors ({reason}); expected a forward that runs the same nodes for "
         "every input. Move the decision out of forward, or put it into a module of its own and give that a rule."
     )
-

@@ -56,6 +56,4 @@ def finetune(
         schedule = Schedule(epochs=10 if epochs is None else epochs)
     elif epochs is not None:
         schedule = replace(schedule, epochs=epochs)
-    return fit(
-        snn, train, val, schedule, teacher=teacher, checkpoint=checkpoint, on_batch=on_batch, on_epoch=on_epoch
-    )
+    return fit(snn, train, val, schedule, teacher=teacher, checkpoint=checkpoint, on_batch=on_batch, on_epoch=on_epoch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..artifact import read_tensors, write_tensors
 from ..errors import ArgumentError, TrainingError
 from ..records import plain_value
-from ..sites import SpikingSite
+from ..spiking import SpikingSite
 from ..time_axis import per_step
 from .losses import CrossEntropy, Distillation, Loss, combined
 
@@ -149,7 +149,9 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
 
 def neuron_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return θ, v_init, λ and μ of every site."""
-    return [p for module in model.modules() if isinstance(module, SpikingSite) for p in module.parameters(recurse=False)]
+    return [
+        p for module in model.modules() if isinstance(module, SpikingSite) for p in module.parameters(recurse=False)
+    ]
 
 
 def _groups(model: nn.Module, schedule: Schedule) -> list[dict[str, Any]]:
@@ -176,14 +178,19 @@ def _split(batch: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 
 def _count(batches: Iterable[Any]) -> int:
-    count = len(batches) if hasattr(batches, "__len__") else sum(1 for _ in batches)
+    count = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
     if count == 0:
         raise TrainingError("the training data gave no batch; expected at least one sample. Check --train-samples.")
     return count
 
 
 def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, teacher: nn.Module | None, x: Tensor, y: Tensor | None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    teacher: nn.Module | None,
+    x: Tensor,
+    y: Tensor | None,
 ) -> float:
     with torch.no_grad():
         target = None if teacher is None else teacher(x)
@@ -244,6 +251,4 @@ def _resume(
         if f"momentum.{name}" in tensors:
             optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device)
     torch.set_rng_state(tensors["random_state"])
-    return [
-        EpochResult(entry["epoch"], entry["loss"], entry["val_accuracy"]) for entry in metadata["history"]
-    ]
+    return [EpochResult(entry["epoch"], entry["loss"], entry["val_accuracy"]) for entry in metadata["history"]]

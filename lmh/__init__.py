@@ -1,1 +1,57 @@
-"""LM-H: convert pretrained networks to spiking networks, calibrate and fine-tune them."""
+"""LM-H: convert pretrained networks to spiking networks, calibrate and fine-tune them.
+
+from lmh import zoo
+from lmh.convert import convert, load, save
+from lmh.calibrate import calibrate
+from lmh.finetune import finetune
+from lmh import carry_state, evaluate, per_step, sites
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import LMHError
+    from .evaluation import evaluate
+    from .qcfs import QCFS
+    from .spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, sites
+    from .time_axis import carry_state, per_step, prefixes
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LMHError": "errors",
+    "evaluate": "evaluation",
+    "QCFS": "qcfs",
+    **dict.fromkeys(
+        ("IF", "LIF", "LMH", "PerChannel", "PerLayer", "PerStep", "Ranges", "SpikingSite", "sites"), "spiking"
+    ),
+    **dict.fromkeys(("carry_state", "per_step", "prefixes"), "time_axis"),
+}
+
+__all__ = [
+    "IF",
+    "LIF",
+    "LMH",
+    "QCFS",
+    "LMHError",
+    "PerChannel",
+    "PerLayer",
+    "PerStep",
+    "Ranges",
+    "SpikingSite",
+    "carry_state",
+    "evaluate",
+    "per_step",
+    "prefixes",
+    "sites",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that ``lmh --help`` does not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lmh' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from .ops import Kind, argument, kind_of, module_of
 from .records import LayerWork
-from .sites import SpikingSite
+from .spiking import SpikingSite
 from .time_axis import EnterTail, Timed
 
 PICOJOULE_PER_MAC = 4.6

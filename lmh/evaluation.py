@@ -12,7 +12,7 @@ from .energy import binary_nodes, dense_macs, fan_out, tail_nodes
 from .errors import ArgumentError, DataError
 from .ops import Kind, kind_of
 from .records import Evaluation, LayerWork
-from .sites import SpikingSite
+from .spiking import SpikingSite
 from .time_axis import FoldEvents, Readout, call, time_axis
 
 

@@ -83,9 +83,7 @@ def fire(soma: Tensor, v_threshold: Tensor, surrogate: Surrogate) -> Tensor:
     return _heaviside(soma, v_threshold)
 
 
-def lmh_step(
-    current: Tensor, state: State, coefficients: Coefficients, surrogate: Surrogate
-) -> tuple[Tensor, State]:
+def lmh_step(current: Tensor, state: State, coefficients: Coefficients, surrogate: Surrogate) -> tuple[Tensor, State]:
     """One step of the LM-H neuron, the equations at the top of this module.
 
     Args:

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import fx, nn
 
 from .qcfs import QCFS
@@ -35,7 +35,15 @@ class Kind(Enum):
     UNKNOWN = "not in the table"
 
 
-SYNAPSE_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+SYNAPSE_MODULES = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 BATCHNORM_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 AVGPOOL_MODULES = (
     nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
@@ -84,7 +92,8 @@ FUNCTION_KINDS: dict[Callable[..., Any], Kind] = {
     **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), Kind.MAXPOOL),
     **dict.fromkeys((F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d), Kind.MAXPOOL),
     **dict.fromkeys((torch.max_pool1d, torch.max_pool2d, torch.max_pool3d), Kind.MAXPOOL),
-    **dict.fromkeys((F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, torch.sigmoid, F.sigmoid), Kind.READOUT),
+    **dict.fromkeys((F.softmax, F.log_softmax, F.sigmoid), Kind.READOUT),
+    **dict.fromkeys((torch.softmax, torch.log_softmax, torch.sigmoid), Kind.READOUT),
 }  # fmt: skip
 
 METHOD_KINDS: dict[str, Kind] = {
@@ -97,11 +106,22 @@ METHOD_KINDS: dict[str, Kind] = {
     **dict.fromkeys(("size", "dim", "numel"), Kind.SIZE),
 }
 
-PRODUCTS = {operator.mul, operator.imul, operator.truediv, operator.itruediv, torch.mul, torch.div, "mul", "mul_", "div", "div_"}  # fmt: skip
+QUOTIENTS: set[Callable[..., Any] | str] = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
+PRODUCTS: set[Callable[..., Any] | str] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"} | QUOTIENTS
+
+CLAMPS: set[Callable[..., Any] | str] = {
+    torch.clamp,
+    torch.clamp_,
+    "clamp",
+    "clamp_",
+    torch.clamp_min,
+    "clamp_min",
+    "clamp_min_",
+}
 
 ACTIVATION_SPELLINGS: dict[Callable[..., Any] | str, type[nn.Module]] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), nn.ReLU),
-    **dict.fromkeys((torch.clamp, torch.clamp_, "clamp", "clamp_", torch.clamp_min, "clamp_min", "clamp_min_"), nn.ReLU),
+    **dict.fromkeys(CLAMPS, nn.ReLU),
     **dict.fromkeys((F.relu6,), nn.ReLU6),
     **dict.fromkeys((F.hardtanh, F.hardtanh_), nn.Hardtanh),
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), nn.LeakyReLU),
@@ -116,7 +136,6 @@ ACTIVATION_SPELLINGS: dict[Callable[..., Any] | str, type[nn.Module]] = {
     F.hardsigmoid: nn.Hardsigmoid,
     **dict.fromkeys((torch.tanh, F.tanh, "tanh", "tanh_"), nn.Tanh),
 }  # fmt: skip
-CLAMPS = {torch.clamp, torch.clamp_, "clamp", "clamp_", torch.clamp_min, "clamp_min", "clamp_min_"}
 
 VIEWS = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk,
          torch.split, operator.getitem, "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze",
@@ -181,7 +200,7 @@ def _product_kind(node: fx.Node) -> Kind:
     if not tensors:
         return Kind.SIZE
     signals = [arg for arg in tensors if kind_of(arg) is not Kind.PARAMETER]
-    divided = node.target in (operator.truediv, operator.itruediv, torch.div, "div", "div_")
+    divided = node.target in QUOTIENTS
     if len(signals) > 1 or (divided and signals and node.args[0] is not signals[0]):
         return Kind.UNKNOWN
     return Kind.AFFINE

@@ -52,6 +52,7 @@ class QCFS(nn.Module):
         if not (v_threshold > 0 and math.isfinite(v_threshold)):
             raise ArgumentError(f"QCFS: v_threshold is {v_threshold}; expected a finite number above 0.")
         self.levels = levels
+        self.base_threshold: Tensor
         shape = () if channels is None else (channels,)
         self.register_buffer("base_threshold", torch.full(shape, float(v_threshold)))
         self.raw_threshold = nn.Parameter(torch.zeros(shape))

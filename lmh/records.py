@@ -1,6 +1,6 @@
 """The frozen values that stand between the stages: each can be saved, compared and replayed.
 
-    PREPARE → Prepared → calibrate → Calibration → SPIKE → Conversion → evaluate → Evaluation
+PREPARE → Prepared → calibrate → Calibration → SPIKE → Conversion → evaluate → Evaluation
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Evaluation:
 def plain_value(value: Any) -> Any:
     """Return a frozen configuration as JSON-ready values: a dataclass becomes a dict with its ``type``.
 
-    >>> from lmh.sites import PerLayer
+    >>> from lmh.spiking import PerLayer
     >>> plain_value(PerLayer())
     {'type': 'PerLayer'}
     """
@@ -189,4 +189,3 @@ def frozen_value(plain: Any, types: Mapping[str, type]) -> Any:
     if isinstance(plain, list):
         return tuple(frozen_value(item, types) for item in plain)
     return plain
-

@@ -6,7 +6,7 @@ zeros. Module names follow the widely shared PyTorch checkpoints of this family 
 
 from __future__ import annotations
 
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 DEPTHS = (20, 32, 44, 56)

@@ -76,7 +76,9 @@ class FolderSplit:
             with Image.open(path) as opened:
                 image = opened.convert("L" if self.channels == 1 else "RGB")
         except (UnidentifiedImageError, OSError) as error:
-            raise DataError(f"{path}: not a readable image ({error}); expected PNG, JPEG or the like. Remove it.") from error
+            raise DataError(
+                f"{path}: not a readable image ({error}); expected PNG, JPEG or the like. Remove it."
+            ) from error
         if image.size != (width, height):
             scale = max(width / image.width, height / image.height)
             if max(width, height) >= 128:
@@ -146,7 +148,9 @@ def _npz(spec: str, path: Path) -> DataSet:
     count = 1 + max(int(split.labels.max()) for split in splits.values())  # type: ignore[union-attr]
     classes = arrays.get("classes", np.arange(count))
     if len(classes) < count:
-        raise DataError(f"{path}: labels go up to {count - 1} but there are {len(classes)} classes. Complete the names.")
+        raise DataError(
+            f"{path}: labels go up to {count - 1} but there are {len(classes)} classes. Complete the names."
+        )
     return DataSet(spec, splits["train"], splits["test"], tuple(str(name) for name in classes))
 
 
@@ -168,7 +172,7 @@ def _cifar(spec: str, path: Path) -> DataSet:
     except (RuntimeError, OSError) as error:
         raise DataError(
             f"{path}: {kind} was not found there; expected torchvision's layout. Get it with "
-            f'`python -c "import torchvision; torchvision.datasets.{maker.__name__}(\'{path}\', download=True)"`.'
+            f"`python -c \"import torchvision; torchvision.datasets.{maker.__name__}('{path}', download=True)\"`."
         ) from error
     splits = [
         ArraySplit(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
@@ -184,7 +188,9 @@ def _folder(spec: str, path: Path, input_size: tuple[int, int, int]) -> DataSet:
     test = path / "test" if (path / "test").is_dir() else path / "val"
     classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir()) if train.is_dir() else []
     if not classes:
-        raise DataError(f"{train}: no class folders there; expected {train}/CLASS/IMAGE.png. Sort the images into them.")
+        raise DataError(
+            f"{train}: no class folders there; expected {train}/CLASS/IMAGE.png. Sort the images into them."
+        )
     splits = [_folder_split(part, classes, input_size) for part in (train, test)]
     return DataSet(spec, splits[0], splits[1], tuple(classes))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError, DataError
@@ -41,8 +41,8 @@ class Preprocessing:
         """Return normalised float32 [N, C, H, W] from uint8 [N, C, H, W], resized where sizes differ."""
         if images.shape[1] != self.input_size[0]:
             raise DataError(
-                f"the images have {images.shape[1]} channels and the model takes {self.input_size[0]}; expected the same. "
-                "Use data of the right kind, or name the model's input with --input-size C,H,W."
+                f"the images have {images.shape[1]} channels and the model takes {self.input_size[0]}; "
+                "expected the same. Use data of the right kind, or name the model's input with --input-size C,H,W."
             )
         x = images.float() / 255
         if tuple(images.shape[2:]) != self.input_size[1:]:
@@ -76,7 +76,10 @@ class CropFlip:
 class Split(Protocol):
     """One part of a data set."""
 
-    labels: Tensor | None
+    @property
+    def labels(self) -> Tensor | None:
+        """Return int64 [n], or None."""
+        ...
 
     def __len__(self) -> int:
         """Return n."""

@@ -45,17 +45,24 @@ class Card:
 
 _CARDS = [
     Card(
-        "digits-cnn", DigitsCNN, Preprocessing((1, 8, 8), (0.3054,), (0.3760,)), CropFlip(padding=1, flip=False), 10,
+        "digits-cnn",
+        DigitsCNN,
+        Preprocessing((1, 8, 8), (0.3054,), (0.3760,)),
+        CropFlip(padding=1, flip=False),
+        10,
         weights="digits-cnn.safetensors",
     ),
     *(
         Card(
-            f"cifar10-resnet{depth}-a", partial(CifarResNet, depth),
-            Preprocessing((3, 32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), CropFlip(padding=4, flip=True), 10,
+            f"cifar10-resnet{depth}-a",
+            partial(CifarResNet, depth),
+            Preprocessing((3, 32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            CropFlip(padding=4, flip=True),
+            10,
         )
         for depth in DEPTHS
     ),
-]  # fmt: skip
+]
 CARDS = {card.name: card for card in _CARDS}
 _WEIGHTS = Path(__file__).parent / "weights"
 SNNS = {"digits-cnn-t4": "digits-cnn-snn-T4.safetensors"}
@@ -114,15 +121,15 @@ def load(name: str) -> nn.Module:
         ArgumentError: for an unknown name, or one that has no weights here.
 
     >>> sum(p.numel() for p in load("digits-cnn").parameters())
-    21898
+    21682
     """
     found = card(name)
     if found.name.startswith(TORCHVISION):
         return torchvision().models.get_model(name.removeprefix(TORCHVISION), weights="DEFAULT").eval()
     if found.weights is None:
         raise ArgumentError(
-            f"zoo:{name}: the zoo has this architecture but no weights for it (with weights: {', '.join(list_models())}). "
-            f"Pass a weights file and --arch {name}."
+            f"zoo:{name}: the zoo has this architecture but no weights for it; "
+            f"with weights: {', '.join(list_models())}. Pass a weights file and --arch {name}."
         )
     model = found.build()
     with safe_open(_WEIGHTS / found.weights, framework="pt") as file:
@@ -134,7 +141,9 @@ def record(name: str) -> dict[str, Any]:
     """Return how a model's weights came about: recipe, seed, accuracy, as written by its training run."""
     found = card(name)
     if found.weights is None:
-        raise ArgumentError(f"zoo:{name} has no weights, so there is no record; with weights: {', '.join(list_models())}.")
+        raise ArgumentError(
+            f"zoo:{name} has no weights, so there is no record; with weights: {', '.join(list_models())}."
+        )
     with safe_open(_WEIGHTS / found.weights, framework="pt") as file:
         return json.loads(file.metadata()["record"])
 
@@ -150,5 +159,7 @@ def snn_path(name: str) -> Path:
     """
     file = SNNS.get(name.removeprefix("zoo:"))
     if file is None:
-        raise ArgumentError(f"{name}: not a spiking network of the zoo; expected one of {', '.join('zoo:' + n for n in SNNS)}.")
+        raise ArgumentError(
+            f"{name}: not a spiking network of the zoo; expected one of {', '.join('zoo:' + n for n in SNNS)}."
+        )
     return _WEIGHTS / file

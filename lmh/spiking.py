@@ -140,6 +140,7 @@ class SpikingSite(Timed):
         if not (torch.isfinite(base).all() and (base > 0).all()):
             raise ArgumentError(f"v_threshold is {base.tolist()}; expected finite numbers above 0.")
         shape = self._granular_shape(channels)
+        self.base_threshold: Tensor
         self.register_buffer("base_threshold", base)
         self.raw_threshold = nn.Parameter(torch.zeros(self._threshold_shape(shape, base)))
         self.v_init = nn.Parameter(v_init.detach().clone().float().expand(base.shape).clone())

@@ -1,0 +1,38 @@
+# Everything a newcomer needs. `make demo` and `make test` create .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TYPES := .types/lmh
+
+.PHONY: demo test lint bench clean
+
+demo: $(INSTALLED)
+	mkdir -p runs/demo
+	rm -f runs/demo/*
+	$(BIN)/lmh-convert zoo:digits-cnn --timesteps 4 --data digits --finetune 5 --output runs/demo/digits-cnn-snn-T4.safetensors
+	$(BIN)/lmh report runs/demo/digits-cnn-snn-T4.safetensors --data digits
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	rm -rf .types && mkdir -p $(TYPES)
+	ln -s ../../convert ../../calibrate ../../finetune ../../zoo $(TYPES)/
+	for file in lmh/*.py lmh/py.typed; do ln -s ../../$$file $(TYPES)/; done
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A CPU build of torch is taken where the package index has one (constraints.txt).
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,onnx]'
+	touch $@

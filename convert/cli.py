@@ -1,0 +1,254 @@
+"""The command ``lmh-convert``: from a model file to a spiking network, measured and written."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..calibrate import Policy
+from ..cli import run
+from ..errors import ArgumentError, ArtifactError, DataError
+from ..evaluation import evaluate
+from ..records import Evaluation, plain_value
+from ..results import describe_network
+from ..terminal import Terminal, print_result
+from ..time_axis import MAX_TIMESTEPS
+from .cli_inputs import Amounts, Inputs, NumbersType, PolicyType, open_inputs
+from .loading import Source, load_source
+from .pipeline import Conversion, convert
+from .storage import save
+
+_POSITIVE = click.IntRange(min=1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked for on the command line."""
+
+    source: str
+    timesteps: int
+    data: str | None
+    arch: str | None
+    calibration: Policy | None
+    amounts: Amounts
+    input_size: tuple[int, ...] | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    epochs: int
+    device: torch.device
+    trust_pickle: bool
+    output: Path
+
+
+@click.command("lmh-convert", context_settings={"max_content_width": 100})
+@click.argument("source")
+@click.option("--timesteps", "-T", type=click.IntRange(1, MAX_TIMESTEPS), required=True, help="Time steps T.")
+@click.option("--data", metavar="SPEC", help="digits, npz:FILE, cifar10:DIR, cifar100:DIR or folder:DIR.")
+@click.option("--arch", metavar="NAME", help="Architecture of a state_dict; recognised unless given.")
+@click.option(
+    "--calibration", type=PolicyType(), default="auto", show_default=True, metavar="POLICY",
+    help="auto, max, percentile:P, minerror or batchnorm. auto: minerror with data, batchnorm without.",
+)  # fmt: skip
+@click.option(
+    "--calibration-samples", type=_POSITIVE, default=512, show_default=True, help="Training images to calibrate on."
+)
+@click.option("--train-samples", type=_POSITIVE, help="Training images to fine-tune on; all unless given.")
+@click.option("--test-samples", type=_POSITIVE, help="Test images to measure on; all unless given.")
+@click.option("--input-size", type=NumbersType(int, 3, "3,224,224"), metavar="C,H,W", help="Input size.")
+@click.option("--mean", type=NumbersType(float, None, "0.5,0.5,0.5"), metavar="R,G,B", help="Mean of pixels in [0, 1].")
+@click.option(
+    "--std", type=NumbersType(float, None, "0.2,0.2,0.2"), metavar="R,G,B", help="Deviation of pixels in [0, 1]."
+)
+@click.option(
+    "--finetune", "epochs", type=click.IntRange(0, 30), default=0, metavar="EPOCHS", help="STBP epochs, at most 30."
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of sample order and training.")
+@click.option("--trust-pickle", is_flag=True, help="Let a pickled SOURCE run code. Only for files you trust.")
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: SOURCE-snn-T4.safetensors here."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
+)
+def convert_command(
+    source: str,
+    timesteps: int,
+    calibration_samples: int,
+    train_samples: int | None,
+    test_samples: int | None,
+    device: str,
+    seed: int,
+    output: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    r"""Convert SOURCE to a spiking network of LM-H neurons.
+
+    SOURCE is zoo:NAME, torchvision:NAME, or a file: a state_dict, a checkpoint that holds one, or a pickled module.
+
+    \b
+    lmh-convert zoo:digits-cnn --timesteps 4 --data digits --finetune 3
+    lmh-convert model.pt --timesteps 4
+    lmh-convert resnet.pth --arch torchvision:resnet18 --timesteps 8 --data folder:photos
+    """
+    job = Job(
+        source=source,
+        timesteps=timesteps,
+        amounts=Amounts(calibration_samples, train_samples, test_samples, seed),
+        device=_device(device),
+        output=output or default_output(source, timesteps),
+        **options,
+    )
+    if job.epochs and job.data is None:
+        raise click.UsageError("--finetune needs --data: training runs on its training split.")
+    terminal = Terminal(results=not as_json)
+    result = run_job(job, terminal)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        print_result(terminal.out, result)
+
+
+def default_output(source: str, timesteps: int) -> Path:
+    """Return SOURCE-snn-T4.safetensors in the current folder."""
+    name = source.rpartition(":")[2] if source.startswith(("zoo:", "torchvision:")) else Path(source).stem
+    return Path(f"{name}-snn-T{timesteps}.safetensors")
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise click.UsageError(
+            "--device cuda: this torch sees no CUDA device. Use --device cpu, or install a CUDA build."
+        )
+    return torch.device("cuda" if name != "cpu" and available else "cpu")
+
+
+def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
+    """Load, convert, measure, fine-tune, save. Return the result as plain values."""
+    _check_output(job)
+    torch.manual_seed(job.amounts.seed)
+    source = _load(job)
+    inputs, assumed = open_inputs(
+        source, job.data, job.timesteps, job.amounts, input_size=job.input_size, mean=job.mean, std=job.std
+    )
+    for notice in (*source.notices, *assumed):
+        terminal.notice(notice)
+    source.model.to(job.device)
+    conversion = _convert(job, source, inputs, terminal)
+    for notice in conversion.report.notices:
+        terminal.notice(notice)
+    before = _evaluate(conversion, source, inputs, terminal, "measuring")
+    after = None
+    if job.epochs:
+        _finetune(job, conversion, source, inputs, terminal)
+        after = _evaluate(conversion, source, inputs, terminal, "measuring again")
+    result = describe_network(
+        conversion.snn,
+        source=job.source,
+        calibration=conversion.report.calibration,
+        nodes=conversion.report.nodes(),
+        evaluation=after or before,
+        training_free=before if after else None,
+        output=str(job.output),
+        notices=(*source.notices, *assumed, *conversion.report.notices),
+    )
+    metrics = {
+        key: result[key]
+        for key in ("samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error", "training_free")
+    }
+    command = shlex.join(["lmh-convert", *sys.argv[1:]])
+    save(conversion, job.output, source=source.record(), metrics=metrics, seed=job.amounts.seed, command=command,
+         data=job.data, samples=inputs.order, epochs=job.epochs, nodes=result["nodes"],
+         preprocessing=plain_value(inputs.preprocessing))  # fmt: skip
+    return result
+
+
+def _check_output(job: Job) -> None:
+    """Find out before the work whether the result can be written."""
+    if Path(job.source).exists() and job.output.exists() and job.output.samefile(job.source):
+        raise click.UsageError(f"--output {job.output} is the source, which is never overwritten. Choose another file.")
+    try:
+        with tempfile.TemporaryFile(dir=job.output.parent):
+            pass
+    except OSError as error:
+        raise ArtifactError(
+            f"{job.output}: cannot be written ({error.strerror}); expected a writable folder. Choose another --output."
+        ) from error
+
+
+def _load(job: Job) -> Source:
+    if job.arch is not None:
+        from .. import zoo
+
+        try:
+            zoo.card(job.arch)
+        except ArgumentError as error:
+            raise click.BadParameter(str(error), param_hint="--arch") from error
+    return load_source(job.source, arch=job.arch, trust_pickle=job.trust_pickle)
+
+
+def _convert(job: Job, source: Source, inputs: Inputs, terminal: Terminal) -> Conversion:
+    size = inputs.preprocessing.input_size
+    data = None
+    if inputs.calibration is not None and (job.calibration is None or job.calibration.needs_data):
+        data = terminal.track(inputs.calibration, "calibrating", inputs.calibration.count)
+    example = torch.zeros((1, *size))
+    return convert(source.model, job.timesteps, data=data, calibration=job.calibration, example_input=example)
+
+
+def _evaluate(
+    conversion: Conversion, source: Source, inputs: Inputs, terminal: Terminal, name: str
+) -> Evaluation | None:
+    if inputs.test is None:
+        return None
+    with terminal.stage(name, inputs.test.count) as advance:
+        done = 0
+
+        def on_batch(samples: int) -> None:
+            nonlocal done
+            advance(samples - done, f"{samples} samples")
+            done = samples
+
+        return evaluate(conversion.snn, inputs.test, ann=source.model, on_batch=on_batch)
+
+
+def _finetune(job: Job, conversion: Conversion, source: Source, inputs: Inputs, terminal: Terminal) -> None:
+    from ..finetune import Schedule, finetune
+
+    if inputs.train is None or getattr(inputs.train.split, "labels", None) is None:
+        raise DataError(f"{job.data}: no labelled training samples; expected some for --finetune.")
+    checkpoint = job.output.with_name(f"{job.output.name}.training")
+    with terminal.stage("fine-tuning", job.epochs * len(inputs.train)) as advance:
+        finetune(
+            conversion.snn,
+            inputs.train,
+            inputs.val,
+            schedule=Schedule(epochs=job.epochs, seed=job.amounts.seed),
+            teacher=source.model,
+            checkpoint=checkpoint,
+            on_batch=lambda epoch, _index, loss: advance(1, f"epoch {epoch + 1}, loss {loss:.3f}"),
+            on_epoch=lambda result: terminal.notice(_epoch_line(result, job.epochs)),
+        )
+    checkpoint.unlink(missing_ok=True)
+
+
+def _epoch_line(result: Any, epochs: int) -> str:
+    measured = "" if result.val_accuracy is None else f", held-out accuracy {100 * result.val_accuracy:.2f} %"
+    return f"epoch {result.epoch + 1} of {epochs}: loss {result.loss:.4f}{measured}"
+
+
+def main() -> None:
+    """Entry point of ``lmh-convert``."""
+    sys.exit(run(convert_command))

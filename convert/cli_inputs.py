@@ -1,0 +1,185 @@
+"""The command line's values as types: policies, sizes, and the batches that a job reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from .. import zoo
+from ..calibrate import BatchNormStatistics, Max, MinError, Percentile, Policy
+from ..errors import ArgumentError, DataError
+from ..zoo.data import ArraySplit
+from ..zoo.images import Batches, CropFlip, Preprocessing, Split
+from ..zoo.registry import IMAGENET
+from .loading import Source
+
+
+class PolicyType(click.ParamType):
+    """``auto``, ``max``, ``percentile:P``, ``minerror`` or ``batchnorm``; None stands for auto."""
+
+    name = "policy"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Policy | None:
+        """Return the policy."""
+        if not isinstance(value, str):
+            return value
+        kind, _, option = value.partition(":")
+        simple: dict[str, type[Max | MinError | BatchNormStatistics]] = {
+            "max": Max,
+            "minerror": MinError,
+            "batchnorm": BatchNormStatistics,
+        }
+        if value == "auto":
+            return None
+        if value in simple:
+            return simple[value]()
+        if kind == "percentile":
+            try:
+                return Percentile(float(option)) if option else Percentile()
+            except (ValueError, ArgumentError):
+                self.fail(
+                    f"{value!r}: expected a percentage above 0 and at most 100, as in percentile:99.9.", param, ctx
+                )
+        self.fail(f"{value!r} is no policy; expected auto, max, percentile:P, minerror or batchnorm.", param, ctx)
+
+
+class NumbersType(click.ParamType):
+    """Numbers separated by commas."""
+
+    def __init__(self, kind: type[int] | type[float], count: int | None, example: str) -> None:
+        self.kind, self.count, self.example = kind, count, example
+        self.name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """Return a tuple of numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(self.kind(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r}: expected numbers separated by commas, as in {self.example}.", param, ctx)
+        if (self.count is not None and len(numbers) != self.count) or (self.kind is int and min(numbers) < 1):
+            self.fail(f"{value!r}: expected {self.example}.", param, ctx)
+        return numbers
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a job reads: batches by purpose, and how images become input."""
+
+    preprocessing: Preprocessing
+    calibration: Batches | None
+    train: Batches | None
+    val: Batches | None
+    test: Batches | None
+    order: str | None
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How many samples of each kind; None takes all."""
+
+    calibration: int
+    train: int | None
+    test: int | None
+    seed: int
+
+
+def open_inputs(
+    source: Source,
+    spec: str | None,
+    timesteps: int,
+    amounts: Amounts,
+    *,
+    input_size: tuple[int, ...] | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+) -> tuple[Inputs, list[str]]:
+    """Open the data and say what was assumed.
+
+    Raises:
+        DataError: if the data is missing or does not fit.
+        ArgumentError: if normalisation and input size disagree.
+    """
+    known = source.card.preprocessing if source.card else None
+    size = input_size or (known.input_size if known else None)
+    data = None if spec is None else zoo.load_data(spec, input_size=_size(size or IMAGENET.input_size))
+    notices = []
+    if size is None:
+        size = IMAGENET.input_size
+        if data is not None and isinstance(data.test, ArraySplit):
+            size = tuple(data.test.pixels.shape[1:])
+        notices.append(f"Input size {','.join(map(str, size))} was assumed; --input-size overrides it.")
+    if mean is None or std is None:
+        fallback = known if known and known.input_size[0] == size[0] else _last_resort(size[0])
+        mean, std = mean or fallback.mean, std or fallback.std
+        if fallback is not known and data is not None:
+            notices.append(
+                f"Normalisation is not known; mean {_list(mean)} and std {_list(std)} were assumed. "
+                "--mean and --std override."
+            )
+    preprocessing = Preprocessing(_size(size), mean, std)
+    if data is None:
+        return Inputs(preprocessing, None, None, None, None, None), notices
+    augmentation = source.card.augmentation if source.card else CropFlip(padding=0, flip=False)
+    inputs = _batches(data, preprocessing, augmentation, timesteps, amounts)
+    return inputs, [*notices, f"Samples: {inputs.order}."]
+
+
+def _size(size: tuple[int, ...]) -> tuple[int, int, int]:
+    channels, height, width = size
+    return channels, height, width
+
+
+def _last_resort(channels: int) -> Preprocessing:
+    if channels == len(IMAGENET.mean):
+        return IMAGENET
+    return Preprocessing((channels, 1, 1), (0.5,) * channels, (0.5,) * channels)
+
+
+def _list(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+def evaluation_batch(preprocessing: Preprocessing, timesteps: int) -> int:
+    """Return a batch size whose timed activations stay near the processor: fewer for larger images and T."""
+    _, height, width = preprocessing.input_size
+    return max(4, min(256, 2**18 // (timesteps * height * width)))
+
+
+def training_batch(count: int) -> int:
+    """Return a batch size that gives a small data set at least about 40 steps an epoch: 16 to 128."""
+    return max(16, min(128, count // 40))
+
+
+def _batches(
+    data: zoo.DataSet, preprocessing: Preprocessing, augmentation: CropFlip, timesteps: int, amounts: Amounts
+) -> Inputs:
+    small = evaluation_batch(preprocessing, timesteps)
+    order = zoo.seeded_order(data.train, amounts.seed)
+    train = order[: amounts.train]
+    held_out = order[len(train) : len(train) + 500]
+    test = _test_order(data.test, amounts)
+    calibration = order[: amounts.calibration]
+    said = (
+        f"calibration the first {len(calibration)} of {len(order)} training samples, "
+        f"test {len(test)} of {len(data.test)}, "
+        f"both in the order of seed {amounts.seed}"
+    )
+    return Inputs(
+        preprocessing,
+        Batches(data.train, preprocessing, small, calibration),
+        Batches(data.train, preprocessing, training_batch(len(train)), train, augmentation, amounts.seed),
+        Batches(data.train, preprocessing, small, held_out) if len(held_out) else None,
+        Batches(data.test, preprocessing, small, test),
+        said,
+    )
+
+
+def _test_order(split: Split, amounts: Amounts) -> Any:
+    order = zoo.seeded_order(split, amounts.seed)[: amounts.test]
+    if len(order) == 0:
+        raise DataError("the test split has no samples; expected at least one. Check --data and --test-samples.")
+    return order

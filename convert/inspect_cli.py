@@ -1,0 +1,107 @@
+"""``lmh inspect`` and ``lmh report``: what a saved network is, and how it does on data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import zoo
+from ..artifact import read_snn
+from ..errors import LMHError
+from ..evaluation import evaluate
+from ..results import describe_network
+from ..terminal import Terminal, print_result
+from ..zoo.images import Batches, Preprocessing
+from .cli_inputs import evaluation_batch
+from .loading import load_source
+from .storage import MANIFEST, load
+
+
+@click.command("inspect")
+@click.argument("file")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole manifest as one JSON object.")
+def inspect_command(file: str, as_json: bool) -> None:
+    """Say what FILE, a saved spiking network or zoo:NAME, is made of; nothing is run."""
+    path = zoo.snn_path(file) if file.startswith("zoo:") else Path(file)
+    tensors, manifest = read_snn(path)
+    if as_json:
+        click.echo(json.dumps(manifest))
+        return
+    recipe, source = manifest["recipe"], manifest["source"]
+    count = sum(tensor.numel() for tensor in tensors.values())
+    click.echo(f"{file}: {len(tensors)} tensors, {count} values, {path.stat().st_size} bytes")
+    click.echo(f"source: {source['name']} ({source['architecture'] or 'a module of your own'})")
+    click.echo(f"T = {recipe['timesteps']}, {recipe['encoding']['type']}, {recipe['neuron']['preset']['type']} start")
+    click.echo(f"thresholds: {manifest['calibration']['policy']}, {manifest['calibration']['samples']} samples")
+    click.echo(f"sites: {', '.join(manifest['sites'])}")
+    for key in ("metrics", "epochs", "seed", "data", "samples", "command", "versions"):
+        if key in manifest:
+            click.echo(f"{key}: {_text(manifest[key])}")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@click.command("report")
+@click.argument("file")
+@click.option(
+    "--data", metavar="SPEC", required=True, help="digits, npz:FILE, cifar10:DIR, cifar100:DIR or folder:DIR."
+)
+@click.option("--source", metavar="FILE", help="The ANN, where the saved network names none that can be built.")
+@click.option("--test-samples", type=click.IntRange(min=1), help="Test images to measure on; all unless given.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sample order.")
+@click.option("--trust-pickle", is_flag=True, help="Let a pickled --source run code. Only for files you trust.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
+)
+def report_command(
+    file: str, data: str, source: str | None, test_samples: int | None, seed: int, trust_pickle: bool, as_json: bool
+) -> None:
+    """Load the spiking network FILE, or zoo:NAME, and measure it on the test split of --data."""
+    terminal = Terminal(results=not as_json)
+    snn = load(file, source, trust_pickle=trust_pickle)
+    manifest = snn.meta[MANIFEST]
+    preprocessing = _preprocessing(manifest)
+    test = zoo.load_data(data, input_size=preprocessing.input_size).test
+    order = zoo.seeded_order(test, seed)[:test_samples]
+    timesteps = manifest["recipe"]["timesteps"]
+    batches = Batches(test, preprocessing, evaluation_batch(preprocessing, timesteps), order)
+    ann, notices = _source_ann(manifest["source"]["name"], source, trust_pickle)
+    notices.append(f"Samples: test {len(order)} of {len(test)} in the order of seed {seed}.")
+    for notice in notices:
+        terminal.notice(notice)
+    evaluation = evaluate(snn, terminal.track(batches, "measuring", batches.count), ann=ann)
+    calibration = f"{manifest['calibration']['policy']}, {manifest['calibration']['samples']} samples"
+    nodes = manifest.get("nodes", {"converted": manifest["sites"], "kept": [], "refused": []})
+    result = describe_network(
+        snn, source=file, calibration=calibration, nodes=nodes, evaluation=evaluation, notices=notices
+    )
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        print_result(terminal.out, result)
+
+
+def _preprocessing(manifest: dict[str, Any]) -> Preprocessing:
+    stored = manifest.get("preprocessing")
+    if stored is not None:
+        return Preprocessing(tuple(stored["input_size"]), tuple(stored["mean"]), tuple(stored["std"]))
+    architecture = manifest["source"]["architecture"]
+    if architecture is None:
+        raise click.UsageError(
+            "the file does not say how its input is normalised; expected one written by lmh-convert."
+        )
+    return zoo.card(architecture).preprocessing
+
+
+def _source_ann(name: str | None, source: str | None, trust_pickle: bool) -> tuple[Any, list[str]]:
+    """Return the ANN to compare with, if it is at hand."""
+    try:
+        found = source or name
+        return (None if found is None else load_source(found, trust_pickle=trust_pickle).model), []
+    except LMHError as error:
+        return None, [f"The source ANN is not at hand, so it is not measured: {error}"]

@@ -1,0 +1,5 @@
+"""``python -m lmh``, which torchrun can start."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,76 @@
+"""The command ``lmh``: its sub-commands are imported only when they are called."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import LMHError
+
+COMMANDS = {
+    "convert": ("lmh.convert.cli", "convert_command"),
+    "inspect": ("lmh.convert.inspect_cli", "inspect_command"),
+    "report": ("lmh.convert.inspect_cli", "report_command"),
+    "zoo": ("lmh.zoo.cli", "zoo_group"),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports them on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, name = COMMANDS[cmd_name]
+        return getattr(importlib.import_module(module), name)
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(__version__, prog_name="lmh")
+def lmh() -> None:
+    """Convert pretrained networks to spiking networks of LM-H neurons."""
+
+
+def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 1 for a failed job, 2 for bad usage.
+
+    With ``--json`` among the arguments an error is printed as ``{"error": …}`` on standard output.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result: Any = command.main(arguments, prog_name=command.name, standalone_mode=False)
+    except click.UsageError as error:
+        _say(arguments, error.format_message(), error)
+        return 2
+    except (LMHError, click.ClickException) as error:
+        _say(arguments, error.format_message() if isinstance(error, click.ClickException) else str(error), None)
+        return 1
+    except (KeyboardInterrupt, click.Abort):
+        _say(arguments, "interrupted", None)
+        return 130
+    return result if isinstance(result, int) else 0
+
+
+def _say(arguments: list[str], message: str, usage: click.UsageError | None) -> None:
+    if "--json" in arguments:
+        click.echo(json.dumps({"error": message}))
+    elif usage is not None:
+        usage.show()
+    else:
+        click.echo(f"Error: {message}", err=True)
+
+
+def main() -> None:
+    """Entry point of ``lmh`` and ``python -m lmh``."""
+    sys.exit(run(lmh))

@@ -1,0 +1,94 @@
+"""A job's result as plain values: what ``--json`` prints and the tables show. Unknown is None, never absent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from .energy import ASSUMPTIONS, picojoules
+from .records import Evaluation, LayerWork
+from .spiking import COEFFICIENTS, SpikingSite, sites
+from .time_axis import time_axis
+
+
+def describe_network(
+    snn: fx.GraphModule,
+    *,
+    source: str,
+    calibration: str,
+    nodes: Mapping[str, Sequence[str]],
+    evaluation: Evaluation | None,
+    training_free: Evaluation | None = None,
+    output: str | None = None,
+    notices: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the result of a conversion.
+
+    Args:
+        snn: the network.
+        source: name of the ANN.
+        calibration: where the thresholds came from.
+        nodes: paths by fate: converted, kept, refused.
+        evaluation: of the network as it is now, or None without data.
+        training_free: of the network before fine-tuning, or None.
+        output: file that it was written to.
+        notices: sentences for the user.
+    """
+    rates = evaluation.firing_rate if evaluation else {}
+    return {
+        "source": source,
+        "timesteps": time_axis(snn).timesteps,
+        "calibration": calibration,
+        **_figures(evaluation),
+        "training_free": _figures(training_free) if training_free else None,
+        "sites": [_site(path, site, rates.get(path)) for path, site in sites(snn).items()],
+        "nodes": {fate: list(paths) for fate, paths in nodes.items()},
+        "energy": _energy(evaluation.layers) if evaluation else None,
+        "output": output,
+        "notices": list(notices),
+    }
+
+
+def _figures(evaluation: Evaluation | None) -> dict[str, Any]:
+    names = ("samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error")
+    values = {name: getattr(evaluation, name, None) for name in names}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _site(path: str, site: SpikingSite, rate: float | None) -> dict[str, Any]:
+    theta = site.v_threshold.detach()
+    return {
+        "path": path,
+        "neuron": neuron_text(site),
+        "channels": theta.shape[-1] if theta.ndim else 1,
+        "v_threshold": float(theta.mean()),
+        "v_threshold_min": float(theta.min()),
+        "v_threshold_max": float(theta.max()),
+        "firing_rate": rate,
+        **{name: float(site.coefficient(name).detach().mean()) for name in COEFFICIENTS},
+    }
+
+
+def neuron_text(site: SpikingSite) -> str:
+    """Return ``IF`` or ``LIF`` for a site still at its preset, else ``LM-H`` with its mean λ and μ."""
+    raw = [getattr(site, f"raw_{name}") for name in COEFFICIENTS]
+    if not any(bool(value.detach().any()) for value in raw):
+        return type(site.neuron.preset).__name__
+    symbols = dict(zip(COEFFICIENTS, ("λS", "λD", "μS", "μD"), strict=True))
+    values = (f"{symbols[name]} {float(site.coefficient(name).detach().mean()):.2f}" for name in COEFFICIENTS)
+    return f"LM-H {' '.join(values)}"
+
+
+def _energy(layers: Sequence[LayerWork]) -> dict[str, Any]:
+    snn, ann = picojoules(layers)
+    return {
+        "snn_pj": snn,
+        "ann_pj": ann,
+        "ratio": snn / ann if ann else None,
+        "synops": sum(layer.accumulates for layer in layers),
+        "snn_macs": sum(layer.macs for layer in layers),
+        "ann_macs": sum(layer.ann_macs for layer in layers),
+        "assumptions": ASSUMPTIONS,
+    }

@@ -1,0 +1,138 @@
+"""What the commands print: progress while they work, tables when they are done."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+Advance = Callable[[int, str], None]
+
+
+class Terminal:
+    """Progress and notices go to standard error, results to standard output.
+
+    On a terminal progress is a bar; elsewhere, as in CI logs, one plain line when a stage ends.
+    """
+
+    def __init__(self, *, results: bool = True) -> None:
+        self.log = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+        self.out = Console(highlight=False, width=None if sys.stdout.isatty() else 100, quiet=not results)
+
+    def notice(self, text: str) -> None:
+        """Say a sentence."""
+        self.log.print(text, markup=False)
+
+    @contextmanager
+    def stage(self, name: str, total: int | None) -> Iterator[Advance]:
+        """Show the progress of one stage; the block calls ``advance(steps, note)``."""
+        started = time.monotonic()
+        last = [""]
+        if self.log.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            with Progress(*columns, TextColumn("{task.fields[note]}"), console=self.log, transient=True) as progress:
+                task = progress.add_task(name, total=total, note="")
+
+                def advance(steps: int, note: str = "") -> None:
+                    last[0] = note
+                    progress.update(task, advance=steps, note=note)
+
+                yield advance
+        else:
+
+            def remember(steps: int, note: str = "") -> None:
+                last[0] = note
+
+            yield remember
+        self.notice(f"{name}: done in {time.monotonic() - started:.1f} s{', ' + last[0] if last[0] else ''}")
+
+    def track(self, batches: Iterable[Any], name: str, total: int) -> Iterator[Any]:
+        """Yield the batches and count their samples as one stage."""
+        with self.stage(name, total) as advance:
+            for batch in batches:
+                yield batch
+                advance(len(batch[0]) if isinstance(batch, tuple) else len(batch), "")
+
+
+def shown_steps(timesteps: int) -> list[int]:
+    """Return the t that a table has room for: all up to 8, else powers of two and T.
+
+    >>> shown_steps(12)
+    [1, 2, 4, 8, 12]
+    """
+    if timesteps <= 8:
+        return list(range(1, timesteps + 1))
+    powers = [2**k for k in range(timesteps.bit_length()) if 2**k < timesteps]
+    return [*powers, timesteps]
+
+
+def print_result(console: Console, result: dict[str, Any]) -> None:
+    """Print the tables of a job's result (the object that ``--json`` prints)."""
+    console.print(_site_table(result))
+    if result["samples"] is not None:
+        console.print(_accuracy_table(result))
+        _print_energy(console, result["energy"])
+    counts = {fate: len(paths) for fate, paths in result["nodes"].items()}
+    console.print(
+        f"Activations: {counts['converted']} converted, {counts['kept']} kept analog, {counts['refused']} refused. "
+        f"Thresholds: {result['calibration']}."
+    )
+    if result["output"]:
+        console.print(f"Written: {result['output']}", soft_wrap=True)
+
+
+def _site_table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"{result['source']}, T = {result['timesteps']}", title_justify="left")
+    table.add_column("site", overflow="fold")
+    table.add_column("neuron")
+    for name in ("threshold", "firing rate"):
+        table.add_column(name, justify="right")
+    for site in result["sites"]:
+        spread = ""
+        if site["channels"] > 1:
+            spread = f" ({site['v_threshold_min']:.3g}…{site['v_threshold_max']:.3g})"
+        rate = "-" if site["firing_rate"] is None else f"{site['firing_rate']:.3f}"
+        table.add_row(site["path"], site["neuron"], f"{site['v_threshold']:.4g}{spread}", rate)
+    return table
+
+
+def _accuracy_table(result: dict[str, Any]) -> Table:
+    steps = shown_steps(result["timesteps"])
+    labelled = result["snn_accuracy"] is not None
+    what = "Accuracy in %" if labelled else "Agreement with the ANN in % (no labels were given)"
+    table = Table(title=f"{what}, n = {result['samples']}", title_justify="left")
+    table.add_column("")
+    for t in steps:
+        table.add_column(f"t = {t}", justify="right")
+
+    def row(name: str, values: list[float] | None) -> None:
+        if values is not None:
+            table.add_row(name, *(f"{100 * values[t - 1]:.2f}" for t in steps))
+
+    if result["ann_accuracy"] is not None:
+        table.add_row("ANN", *[""] * (len(steps) - 1), f"{100 * result['ann_accuracy']:.2f}")
+    tuned = result["training_free"] is not None
+    if tuned:
+        row("SNN, training-free", result["training_free"]["snn_accuracy" if labelled else "agreement"])
+    row("SNN, fine-tuned" if tuned else "SNN", result["snn_accuracy" if labelled else "agreement"])
+    if result["output_error"] is not None:
+        table.caption = f"relative output error at T: {result['output_error']:.3f}"
+        table.caption_justify = "left"
+    return table
+
+
+def _print_energy(console: Console, energy: dict[str, Any] | None) -> None:
+    if energy is None:
+        return
+    console.print(
+        f"Per sample: {energy['synops'] / 1e6:.3f} M SynOps and {energy['snn_macs'] / 1e6:.3f} M MACs, "
+        f"{energy['snn_pj'] / 1e6:.3f} µJ; the ANN {energy['ann_macs'] / 1e6:.3f} M MACs, "
+        f"{energy['ann_pj'] / 1e6:.3f} µJ: {energy['ratio']:.2f} of the ANN's energy."
+    )
+    console.print(energy["assumptions"], style="dim")
