@@ -127,19 +127,19 @@ def _is_sum(node: fx.Node) -> bool:
 
 
 def _weighted(module: nn.Module, before: Moments) -> Moments | None:
-    weight = module.weight.detach()
-    transposed = "Transpose" in type(module).__name__
-    groups = getattr(module, "groups", 1)
-    if transposed:
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    groups = int(getattr(module, "groups", 1))
+    if "Transpose" in type(module).__name__:
         return None
+    weight = weight.detach()
     kernel = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
     squared = (weight**2).flatten(2).sum(2) if weight.ndim > 2 else weight**2
     if len(before.mean) != kernel.shape[1] * groups:
         return None
     mean = _grouped(kernel, before.mean, groups)
     variance = _grouped(squared, before.variance, groups)
-    bias = module.bias
-    return Moments(mean if bias is None else mean + bias.detach(), variance)
+    return Moments(mean + bias.detach() if isinstance(bias, Tensor) else mean, variance)
 
 
 def _grouped(matrix: Tensor, vector: Tensor, groups: int) -> Tensor:

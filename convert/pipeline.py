@@ -147,12 +147,12 @@ def _first_batch(
     if example_input is not None:
         return data, example_input
     assert data is not None
-    iterator = iter(data)
+    iterator: Iterator[Any] = iter(data)
     first = next(iterator, None)
     if first is None:
         raise ArgumentError("convert: data= gave no batch; expected at least one. Check the data set.")
     example = first if isinstance(first, Tensor) else first[0]
-    return (_chain(first, iterator) if iterator is data else data), example
+    return (_chain(first, data) if isinstance(data, Iterator) else data), example
 
 
 def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

@@ -106,10 +106,10 @@ METHOD_KINDS: dict[str, Kind] = {
     **dict.fromkeys(("size", "dim", "numel"), Kind.SIZE),
 }
 
-QUOTIENTS: set[Callable[..., Any] | str] = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
-PRODUCTS: set[Callable[..., Any] | str] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"} | QUOTIENTS
+QUOTIENTS: set[Any] = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
+PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"} | QUOTIENTS
 
-CLAMPS: set[Callable[..., Any] | str] = {
+CLAMPS: set[Any] = {
     torch.clamp,
     torch.clamp_,
     "clamp",
