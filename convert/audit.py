@@ -10,7 +10,7 @@ from torch import fx, nn
 from ..errors import ArgumentError
 from ..ops import Kind, activation_module, argument, kind_of, label, module_of
 from ..records import Keep, NodeFate, Spike
-from ..shapes import BATCHES, batch_use, node_values
+from ..shapes import BATCHES, batch_use, leading, node_values
 from .rules import Rules
 
 Decisions = dict[fx.Node, Spike | Keep]
@@ -181,8 +181,16 @@ def batch_problems(model: fx.GraphModule, sample_shape: Sequence[int]) -> list[s
         f"{_shape(large[node])} at {BATCHES[1]}; expected the batch on axis 0 and nowhere else. "
         "Reshape with x.size(0) or flatten(1)."
         for node in model.graph.nodes
-        if batch_use((small[node], large[node])) == "mixed"
+        if not keeps_batch((small[node], large[node]))
     ]
+
+
+def keeps_batch(pair: tuple[Any, Any]) -> bool:
+    """Whether a value at the two batch sizes has exactly N on axis 0, or does not depend on N."""
+    use = batch_use(pair)
+    return use in ("free", "size") or (
+        use == "batched" and [leading(value) for value in pair] == [{n} for n in BATCHES]
+    )
 
 
 def _shape(value: Any) -> str:

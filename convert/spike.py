@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from torch import fx
@@ -13,20 +11,20 @@ from torch import fx
 from ..errors import AuditError
 from ..ops import Kind, kind_of, label
 from ..records import Calibration, Prepared, Spike
-from ..shapes import BATCHES, batch_use, leading, node_values
+from ..shapes import BATCHES, batch_use, node_values
 from ..spiking import LMH, SpikingSite
 from ..time_axis import (
     EnterTail,
     FoldEvents,
     LeaveTail,
     LeaveTime,
-    Readout,
     RepeatInTail,
     RepeatOverTime,
     TimeAxis,
     Timed,
 )
 from .prepare import unique_path
+from .regions import Region, misfolded
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,6 @@ class EventFrames:
 Encoding = DirectCoding | EventFrames
 
 
-class Region(Enum):
-    """Where in time a node runs."""
-
-    FREE = "does not depend on the input"
-    CONSTANT = "once, on [N, *F]: no site is among its ancestors"
-    TIMED = "at every step, on [T·N, *F]"
-    TAIL = "affine, behind the last site: on the time mean in eval mode, else at every step"
-    READOUT = "on the final mean"
-
-
-_OUTSIDE = (Region.TAIL, Region.READOUT)
 _COMMUTES_WITH_MEAN = (Kind.SYNAPSE, Kind.AFFINE, Kind.SHAPE, Kind.SIZE)
 
 
@@ -92,7 +79,10 @@ def spike(
     model.recompile()
     model.delete_all_unused_submodules()
     model.eval()
-    _prove(model, prepared, regions, encoding, time)
+    events = isinstance(encoding, EventFrames)
+    problems = misfolded(model, time, {n.name: r for n, r in regions.items()}, prepared.sample_shape, events)
+    if problems:
+        raise AuditError(problems)
     return model
 
 
@@ -123,7 +113,7 @@ def _regions(graph: fx.Graph, prepared: Prepared, encoding: Encoding) -> dict[fx
         kind = kind_of(node)
         if after == {Region.READOUT} and kind is Kind.READOUT:
             regions[node] = Region.READOUT
-        elif after <= set(_OUTSIDE) and kind in _COMMUTES_WITH_MEAN:
+        elif after <= {Region.TAIL, Region.READOUT} and kind in _COMMUTES_WITH_MEAN:
             regions[node] = Region.TAIL
     return regions
 
@@ -229,42 +219,3 @@ def _fold_input(model: fx.GraphModule, time: TimeAxis) -> None:
     with model.graph.inserting_after(source):
         folded = model.graph.call_module(path, (source,))
     source.replace_all_uses_with(folded, delete_user_cb=lambda user: user is not folded)
-
-
-def _prove(
-    model: fx.GraphModule, prepared: Prepared, regions: dict[fx.Node, Region], encoding: Encoding, time: TimeAxis
-) -> None:
-    """Show by two batch sizes that axis 0 of every node is N or T·N, as its region says."""
-    home = {node.name: region for node, region in regions.items()}
-    for readout in (Readout.MEAN, Readout.PER_STEP):
-        time.readout = readout
-        try:
-            runs = [node_values(model, _input_shape(prepared, encoding, time, batch)) for batch in BATCHES]
-        finally:
-            time.readout = Readout.MEAN
-        pairs = {node: (runs[0][node], runs[1][node]) for node in runs[0] if node.name in home}
-        problems = list(_misfolded(pairs, home, readout, time.timesteps, encoding))
-        if problems:
-            raise AuditError(problems)
-
-
-def _input_shape(prepared: Prepared, encoding: Encoding, time: TimeAxis, batch: int) -> tuple[int, ...]:
-    frames = (time.timesteps,) if isinstance(encoding, EventFrames) else ()
-    return (*frames, batch, *prepared.sample_shape)
-
-
-def _misfolded(
-    pairs: dict[fx.Node, tuple[Any, Any]], home: dict[str, Region], readout: Readout, timesteps: int, encoding: Encoding
-) -> Iterable[str]:
-    for node, pair in pairs.items():
-        if batch_use(pair) in ("free", "size") or node.op in ("output", "placeholder"):
-            continue
-        at_each_step = home[node.name] is Region.TIMED or (home[node.name] in _OUTSIDE and readout is Readout.PER_STEP)
-        expected = [batch * (timesteps if at_each_step else 1) for batch in BATCHES]
-        if batch_use(pair) == "mixed" or [leading(value) for value in pair] != [{size} for size in expected]:
-            shapes = [sorted(leading(value)) for value in pair]
-            yield (
-                f"{label(node)}: its first axis is {shapes} at batch sizes {list(BATCHES)} and T = {timesteps}; "
-                f"expected {expected}, time folded into the batch. "
-                "Reshape with y.size(0) of the same tensor, or flatten(1)."
-            )

@@ -69,6 +69,10 @@ class EpochResult:
     val_accuracy: float | None
 
 
+class _Diverged(ArithmeticError):
+    """A loss or gradient that is not finite; the weights were not touched by it."""
+
+
 OnBatch = Callable[[int, int, float], None]
 OnEpoch = Callable[[EpochResult], None]
 
@@ -118,9 +122,13 @@ def fit(
         for index, batch in enumerate(train.at_epoch(epoch)):
             x, y = _split(batch, device)
             _set_rate(optimizer, schedule, (epoch + index / batches) / schedule.epochs)
-            loss = _step(model, optimizer, schedule, teacher, x, y)
-            if not math.isfinite(loss):
-                raise TrainingError(_diverged(model, epoch, index, loss))
+            try:
+                loss = _step(model, optimizer, schedule, teacher, x, y)
+            except _Diverged as error:
+                raise TrainingError(
+                    f"epoch {epoch + 1}, batch {index + 1}: {error}; expected a finite number. Lower lr or neuron_lr, or "
+                    "look for NaN in the data; a checkpoint of the last whole epoch is kept if one was asked for."
+                ) from error
             total, seen = total + loss * len(x), seen + len(x)
             if on_batch is not None:
                 on_batch(epoch, index, loss)
@@ -203,21 +211,12 @@ def _step(
     loss = combined(schedule.loss, schedule.distillation, outputs, y, target)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    value = float(loss.detach())
-    if math.isfinite(value):
-        if schedule.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), schedule.clip_norm)
-        optimizer.step()
-    return value
-
-
-def _diverged(model: nn.Module, epoch: int, index: int, loss: float) -> str:
-    bad = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    where = f"; first parameter that is not finite: {bad[0]}" if bad else ""
-    return (
-        f"epoch {epoch + 1}, batch {index + 1}: the loss is {loss}{where}; expected a finite number. "
-        "Lower lr or neuron_lr; a checkpoint of the last whole epoch is kept if one was asked for."
-    )
+    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if schedule.clip_norm is None else schedule.clip_norm)
+    for what, value in (("loss", loss.detach()), ("gradient", norm)):
+        if not torch.isfinite(value):
+            raise _Diverged(f"the {what} is {float(value)}")
+    optimizer.step()
+    return float(loss.detach())
 
 
 def _save(

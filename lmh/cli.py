@@ -14,10 +14,10 @@ from . import __version__
 from .errors import LMHError
 
 COMMANDS = {
-    "convert": ("lmh.convert.cli", "convert_command"),
-    "inspect": ("lmh.convert.inspect_cli", "inspect_command"),
-    "report": ("lmh.convert.inspect_cli", "report_command"),
-    "zoo": ("lmh.zoo.cli", "zoo_group"),
+    "convert": ("lmh.convert.cli", "convert_command", "Convert a model to a spiking network (lmh-convert)."),
+    "inspect": ("lmh.convert.inspect_cli", "inspect_command", "Say what a saved network is made of."),
+    "report": ("lmh.convert.inspect_cli", "report_command", "Load a saved network and measure it on data."),
+    "zoo": ("lmh.zoo.cli", "zoo_group", "List, show and train the zoo's networks."),
 }
 
 
@@ -32,8 +32,13 @@ class LazyGroup(click.Group):
         """Import the command."""
         if cmd_name not in COMMANDS:
             return None
-        module, name = COMMANDS[cmd_name]
+        module, name, _ = COMMANDS[cmd_name]
         return getattr(importlib.import_module(module), name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][2]) for name in self.list_commands(ctx)])
 
 
 @click.group(cls=LazyGroup)

@@ -50,6 +50,8 @@ def evaluate(
         with torch.no_grad(), call(time, Readout.PREFIXES, None):
             for batch in data:
                 x, y = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1].to(device))
+                if not torch.isfinite(x).all():
+                    raise DataError("the data holds NaN or infinite values; expected finite ones. Check the images.")
                 outputs = counter.count(x.to(device), x.shape[1] if events else len(x))
                 score.add(outputs, y, None if ann is None else _ann_outputs(ann.eval(), x.to(device), events))
                 if on_batch is not None:

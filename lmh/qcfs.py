@@ -9,6 +9,18 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError
 
+RAW_LIMIT = 60.0
+
+
+def positive(base: Tensor, raw: Tensor) -> Tensor:
+    """θ = θ₀ exp(raw), the learnable threshold (ours): raw = 0 gives θ₀ exactly, and no raw value gives 0 or infinity.
+
+    Args:
+        base: θ₀ > 0, any shape.
+        raw: the parameter, broadcast against ``base``; without unit, taken from −60 to 60.
+    """
+    return base * raw.clamp(-RAW_LIMIT, RAW_LIMIT).exp()
+
 
 def quantize(x: Tensor, v_threshold: Tensor, levels: int) -> Tensor:
     """q(x) = θ clip(⌊x L/θ + 1/2⌋, 0, L)/L, with the gradient passed straight through the floor.
@@ -26,9 +38,9 @@ def quantize(x: Tensor, v_threshold: Tensor, levels: int) -> Tensor:
     >>> quantize(torch.tensor([-1.0, 0.3, 0.6, 9.0]), torch.tensor(1.0), 4)
     tensor([0.0000, 0.2500, 0.5000, 1.0000])
     """
-    y = x * (levels / v_threshold) + 0.5
+    y = (x / v_threshold).clamp(0, 1) * levels + 0.5
     y = y + (y.floor() - y).detach()
-    return v_threshold * (y.clamp(0, levels) / levels)
+    return v_threshold * (y / levels)
 
 
 class QCFS(nn.Module):
@@ -60,7 +72,7 @@ class QCFS(nn.Module):
     @property
     def v_threshold(self) -> Tensor:
         """θ, a scalar or [channels], in the unit of the pre-activation."""
-        return self.base_threshold * self.raw_threshold.exp()
+        return positive(self.base_threshold, self.raw_threshold)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return q(x), shape of ``x``."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, StateError
 from .neurons import Coefficients, State, lmh_run
+from .qcfs import positive
 from .surrogates import Surrogate, Triangle
 from .time_axis import TimeAxis, Timed
 
@@ -133,17 +134,19 @@ class SpikingSite(Timed):
         super().__init__(time)
         self.neuron = neuron
         self.static = static
-        base = v_threshold.detach().clone().float()
-        for name, value in {"v_threshold": base, "v_init": v_init}.items():
+        for name, value in {"v_threshold": v_threshold, "v_init": v_init}.items():
             if value.ndim > 1 or (value.ndim == 1 and channels is not None and len(value) != channels):
                 raise ArgumentError(f"{name} has shape {list(value.shape)}; expected [] or [{channels}].")
-        if not (torch.isfinite(base).all() and (base > 0).all()):
-            raise ArgumentError(f"v_threshold is {base.tolist()}; expected finite numbers above 0.")
+        base, start = (value.clone() for value in torch.broadcast_tensors(v_threshold.detach(), v_init.detach()))
+        if not (torch.isfinite(base).all() and (base > 0).all() and torch.isfinite(start).all()):
+            raise ArgumentError(
+                f"v_threshold is {base.tolist()} and v_init {start.tolist()}; expected finite numbers, θ above 0."
+            )
         shape = self._granular_shape(channels)
         self.base_threshold: Tensor
-        self.register_buffer("base_threshold", base)
+        self.register_buffer("base_threshold", base.float())
         self.raw_threshold = nn.Parameter(torch.zeros(self._threshold_shape(shape, base)))
-        self.v_init = nn.Parameter(v_init.detach().clone().float().expand(base.shape).clone())
+        self.v_init = nn.Parameter(start.float())
         for name in COEFFICIENTS:
             self.register_parameter(f"raw_{name}", nn.Parameter(torch.zeros(shape)))
         self._carried: tuple[State, int] | None = None
@@ -167,7 +170,7 @@ class SpikingSite(Timed):
     @property
     def v_threshold(self) -> Tensor:
         """θ, shape [] or [C] (with a first axis of T for ``PerStep()``), in the unit of the current."""
-        return self.base_threshold * self.raw_threshold.exp()
+        return positive(self.base_threshold, self.raw_threshold)
 
     def coefficient(self, name: str) -> Tensor:
         """Return λ_S, λ_D, μ_S or μ_D by its name, shape [], [C] or [T]."""
@@ -234,7 +237,7 @@ class SpikingSite(Timed):
 
     def extra_repr(self) -> str:
         """Return θ's mean, the preset and T, for the module's repr."""
-        theta = float(self.v_threshold.mean()) if self.base_threshold.device.type != "meta" else float("nan")
+        theta = float(self.v_threshold.detach().mean()) if self.base_threshold.device.type != "meta" else float("nan")
         return f"v_threshold={theta:.4g}, {self.neuron.preset}, timesteps={self.time.timesteps}"
 
 

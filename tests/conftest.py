@@ -1,0 +1,53 @@
+"""Fixtures: the zoo's network and data once a session, and the large data where it lies beside the project."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lmh import zoo
+from lmh.zoo import Batches, DataSet
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--data", default=os.environ.get("LMH_TEST_DATA"), help="folder with the CIFAR packs and weights")
+
+
+@pytest.fixture(scope="session")
+def data_folder(request: pytest.FixtureRequest) -> Path:
+    folder = request.config.getoption("--data")
+    if folder is None or not Path(folder).is_dir():
+        pytest.skip("needs the CIFAR data: pass --data FOLDER or set LMH_TEST_DATA")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def digits() -> DataSet:
+    return zoo.load_data("digits")
+
+
+@pytest.fixture
+def digits_ann() -> nn.Module:
+    return zoo.load("digits-cnn")
+
+
+@pytest.fixture(scope="session")
+def digits_test(digits: DataSet) -> Batches:
+    return Batches(digits.test, zoo.card("digits-cnn").preprocessing)
+
+
+@pytest.fixture(scope="session")
+def digits_calibration(digits: DataSet) -> Batches:
+    order = zoo.seeded_order(digits.train, 0)
+    return Batches(digits.train, zoo.card("digits-cnn").preprocessing, indices=order[:256])
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,160 @@
+"""Evaluation and energy: counted from real spikes, checked by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import nets
+from lmh import evaluate, sites
+from lmh.calibrate import Max
+from lmh.convert import EventFrames, convert
+from lmh.energy import binary_nodes, fan_out, picojoules
+from lmh.errors import DataError
+from lmh.records import Calibration
+
+
+def by_hand(ann: nn.Module, timesteps: int, x: Tensor, **thetas: float) -> nn.Module:
+    values = {path.replace("_", "."): torch.tensor(theta) for path, theta in thetas.items()}
+    half = {path: torch.tensor(0.5) for path in values}
+    return convert(ann, timesteps, example_input=x, calibration=Calibration("by hand", timesteps, 0, values, half)).snn
+
+
+def test_energy_of_two_layers_by_hand() -> None:
+    ann = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        ann[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]))
+        ann[2].weight.fill_(0.0)
+        ann[2].bias.fill_(-1.0)
+    x = torch.tensor([[1.0, 0.5]])
+    snn = by_hand(ann, 4, x, **{"1": 1.0, "3": 1.0})
+    result = evaluate(snn, [x])
+    # Currents 1, 0.5 and −1 with θ = 1 and T = 4: 4, 2 and 0 spikes; the second site is silent.
+    assert result.firing_rate == {"1": 6 / 12, "3": 0.0}
+    work = {layer.path: layer for layer in result.layers}
+    assert (work["0"].ann_macs, work["0"].macs, work["0"].accumulates) == (6, 6, 0)
+    assert (work["2"].ann_macs, work["2"].macs, work["2"].accumulates) == (12, 0, 6 * 4)
+    assert (work["4"].ann_macs, work["4"].macs, work["4"].accumulates) == (8, 8, 0)
+    assert picojoules(result.layers) == pytest.approx((0.9 * 24 + 4.6 * 14, 4.6 * 26))
+
+
+def test_a_layer_fed_by_averages_multiplies_at_every_step() -> None:
+    ann = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(2, 3, 1), nn.ReLU())
+    x = torch.rand(5, 1, 4, 4)
+    result = evaluate(convert(ann, 4, data=x).snn, [x])
+    work = {layer.path: layer for layer in result.layers}
+    assert work["3"].accumulates == 0
+    assert work["3"].macs == 4 * work["3"].ann_macs == 4 * 2 * 3 * 4
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(2, 4, 3, stride=2, padding=1),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=2),
+        nn.ConvTranspose2d(2, 3, 3, stride=2),
+        nn.Conv1d(2, 3, 5),
+        nn.Linear(6, 5),
+    ],
+)
+def test_fan_out_counts_every_connection(layer: nn.Module) -> None:
+    shapes = {nn.Linear: (6,), nn.Conv1d: (2, 9)}
+    shape = shapes.get(type(layer), (layer.in_channels if hasattr(layer, "in_channels") else 0, 7, 7))
+    model = fx.symbolic_trace(nn.Sequential(layer))
+    node = next(node for node in model.graph.nodes if node.op == "call_module")
+    counted = fan_out(node, torch.zeros(1, *shape))
+    module = model.get_submodule("0")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(1.0)
+        module.bias.zero_()
+        for index in [(0,) * len(shape), tuple(size - 1 for size in shape), tuple(size // 2 for size in shape)]:
+            one = torch.zeros(1, *shape)
+            one[(0, *index)] = 1.0
+            assert float(counted[index]) == float(module(one).sum())
+
+
+def test_synops_agree_with_a_count_spike_by_spike(digits_ann: nn.Module, digits_test: object) -> None:
+    x = next(iter(digits_test))[0][:3]  # type: ignore[call-overload]
+    snn = convert(digits_ann, 3, data=x).snn
+    work = {layer.path: layer for layer in evaluate(snn, [x]).layers}
+    layer = snn.get_submodule("block.conv1")
+    seen: list[Tensor] = []
+    layer.register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
+    snn(x)
+    total = 0
+    for _, _, row, column in seen[0].nonzero().tolist():
+        rows = sum(0 <= row + d < 8 for d in (-1, 0, 1))
+        columns = sum(0 <= column + d < 8 for d in (-1, 0, 1))
+        total += rows * columns * layer.out_channels
+    assert work["block.conv1"].accumulates * 3 == total
+    assert work["block.conv1"].ann_macs == 24 * 24 * 9 * 64
+
+
+def test_spikes_stay_binary_through_pools_and_concats_only() -> None:
+    snn = convert(nets.Residual(), 2, data=torch.rand(4, 2, 8, 8)).snn
+    binary = {node.name for node in binary_nodes(snn)}
+    assert {"relu_4", "cat"} & binary
+    assert not {"avg_pool2d", "add"} & binary
+    assert len(sites(snn)) == 4
+
+
+def test_accuracy_agreement_and_error(digits_ann: nn.Module, digits_test: object) -> None:
+    snn = convert(digits_ann, 8, data=digits_test).snn  # type: ignore[arg-type]
+    result = evaluate(snn, digits_test, ann=digits_ann)  # type: ignore[arg-type]
+    assert result.samples == 360
+    assert result.snn_accuracy is not None
+    assert len(result.snn_accuracy) == 8
+    outputs = torch.cat([snn(x) for x, _ in digits_test])  # type: ignore[attr-defined]
+    labels = torch.cat([y for _, y in digits_test])  # type: ignore[attr-defined]
+    ann = torch.cat([digits_ann(x) for x, _ in digits_test])  # type: ignore[attr-defined]
+    assert result.snn_accuracy[-1] == float((outputs.argmax(1) == labels).double().mean())
+    assert result.agreement is not None
+    assert result.agreement[-1] == pytest.approx(float((outputs.argmax(1) == ann.argmax(1)).double().mean()))
+    assert result.output_error == pytest.approx(
+        float(((outputs - ann).norm(dim=1).sum() / ann.norm(dim=1).sum()).detach()), rel=1e-4
+    )
+
+
+def test_without_labels_only_agreement_is_known(digits_ann: nn.Module) -> None:
+    x = torch.rand(16, 1, 8, 8)
+    result = evaluate(convert(digits_ann, 2, data=x).snn, [x], ann=digits_ann)
+    assert result.snn_accuracy is None
+    assert result.ann_accuracy is None
+    assert result.agreement is not None
+    alone = evaluate(convert(digits_ann, 2, data=x).snn, [x])
+    assert alone.agreement is None
+    assert alone.output_error is None
+
+
+def test_event_frames_are_measured_per_sample() -> None:
+    ann, frames = nets.Residual().eval(), torch.rand(4, 6, 2, 8, 8)
+    snn = convert(ann, 4, data=[frames], encoding=EventFrames(), calibration=Max()).snn
+    result = evaluate(snn, [(frames, torch.zeros(6, dtype=torch.long))], ann=ann)
+    assert result.samples == 6
+    assert result.agreement is not None
+    work = {layer.path: layer for layer in result.layers}
+    assert work["stem"].macs == 4 * work["stem"].ann_macs
+
+
+def test_modes_are_restored(digits_ann: nn.Module) -> None:
+    x = torch.rand(4, 1, 8, 8)
+    snn = convert(digits_ann, 2, data=x).snn.train()
+    evaluate(snn, [x], ann=digits_ann.train())
+    assert snn.training
+    assert digits_ann.training
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "no batch"),
+        ([(torch.rand(2, 1, 8, 8), torch.tensor([0, 11]))], "label is 11"),
+        ([torch.full((2, 1, 8, 8), float("nan"))], "NaN"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(digits_ann: nn.Module, batches: list[object], message: str) -> None:
+    snn = convert(digits_ann, 2, data=torch.rand(4, 1, 8, 8)).snn
+    with pytest.raises(DataError, match=message):
+        evaluate(snn, batches)

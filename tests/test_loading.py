@@ -1,0 +1,308 @@
+"""Loading: every form of SOURCE gives the network that was saved, and runs nothing unasked."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lmh import convert, zoo
+from lmh.cli import lmh, run
+from lmh.errors import ArchitectureError, ArtifactError, SourceError, UnsafePickleError
+from lmh.torchvision_shim import torchvision
+
+Weights = Mapping[str, Tensor]
+CARD = zoo.card("digits-cnn")
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def random_net(num_classes: int = 10) -> nn.Module:
+    """digits-cnn with weights of its own, so that nothing else can be loaded by mistake."""
+    net = CARD.build(num_classes=num_classes)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return net.eval()
+
+
+def small_net() -> nn.Sequential:
+    """[N, 1, 8, 8] → [N, 10]."""
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), *head).eval()
+
+
+def same_function(a: nn.Module, b: nn.Module, *shape: int) -> bool:
+    x = torch.rand(3, *(shape or (1, 8, 8)))
+    with torch.no_grad():
+        return torch.equal(a(x), b(x))
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    """Run ``lmh`` in this process: status, and what it printed on standard error."""
+    err = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(err):
+        status = run(lmh, list(map(str, arguments)))
+    return status, err.getvalue()
+
+
+def prefixed(weights: Weights, prefix: str) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in weights.items()}
+
+
+def legacy(value: object, path: Path) -> None:
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+
+
+def test_a_zoo_name_loads_the_zoos_network() -> None:
+    source = convert.load_source("zoo:digits-cnn")
+    assert same_function(source.model, zoo.load("digits-cnn"))
+    assert not source.model.training
+    assert (source.name, source.card, source.num_classes, source.digest) == ("zoo:digits-cnn", CARD, 10, None)
+
+
+FORMS: dict[str, Callable[[Weights, Path], None]] = {
+    "state_dict": torch.save,
+    "legacy": legacy,
+    "safetensors": safetensors.torch.save_file,
+    "keys-in-another-order": lambda weights, path: torch.save(dict(reversed(weights.items())), path),
+    "checkpoint-state_dict": lambda w, path: torch.save({"epoch": 3, "state_dict": w, "optimizer": {}}, path),
+    "checkpoint-model": lambda w, path: torch.save({"model": w, "args": {"lr": 0.1}}, path),
+    "checkpoint-model_state_dict": lambda w, path: torch.save({"model_state_dict": w}, path),
+    "checkpoint-net": lambda w, path: torch.save({"net": w, "acc": 91.5}, path),
+    "checkpoint-with-a-number-in-it": lambda w, path: torch.save({"state_dict": {**w, "v": 2}}, path),
+    "legacy-checkpoint": lambda w, path: legacy({"state_dict": w, "epoch": 3}, path),
+    "data-parallel": lambda w, path: torch.save(prefixed(w, "module."), path),
+    "data-parallel-checkpoint": lambda w, path: torch.save({"state_dict": prefixed(w, "module.")}, path),
+    "compiled": lambda w, path: torch.save(prefixed(w, "_orig_mod."), path),
+    "data-parallel-of-compiled": lambda w, path: torch.save(prefixed(w, "module._orig_mod."), path),
+    "compiled-data-parallel": lambda w, path: torch.save(prefixed(w, "_orig_mod.module."), path),
+}
+
+
+@pytest.mark.parametrize("named", [None, "digits-cnn"], ids=["recognised", "named"])
+@pytest.mark.parametrize("form", FORMS)
+def test_saved_weights_give_the_network_back(form: str, named: str | None) -> None:
+    net = random_net()
+    FORMS[form](net.state_dict(), Path("model.pt"))
+    source = convert.load_source("model.pt", arch=named)
+    assert same_function(source.model, net)
+    assert not source.model.training
+    assert (source.card, source.num_classes) == (CARD, 10)
+    assert bool(source.notices) is (named is None)
+    assert all("digits-cnn" in notice for notice in source.notices)
+
+
+@pytest.mark.parametrize("named", [None, "digits-cnn"], ids=["recognised", "named"])
+@pytest.mark.parametrize("form", ["state_dict", "legacy", "safetensors", "checkpoint-model"])
+def test_the_number_of_classes_is_read_from_the_weights(form: str, named: str | None) -> None:
+    net = random_net(num_classes=7)
+    FORMS[form](net.state_dict(), Path("model.pt"))
+    source = convert.load_source("model.pt", arch=named)
+    assert source.num_classes == 7
+    assert same_function(source.model, net)
+
+
+def test_a_network_with_other_classes_is_saved_and_loaded_with_them() -> None:
+    torch.save(random_net(num_classes=7).state_dict(), "model.pt")
+    assert command("convert", "model.pt", "-T", 2)[0] == 0
+    assert convert.load("model-snn-T2.safetensors")(torch.rand(3, 1, 8, 8)).shape == (3, 7)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors", "model.pt2", "model.zip", "model"])
+@pytest.mark.parametrize("form", ["state_dict", "legacy", "safetensors"])
+def test_the_kind_of_file_is_told_by_its_content_and_not_by_its_name(form: str, name: str) -> None:
+    net = random_net()
+    FORMS[form](net.state_dict(), Path(name))
+    assert same_function(convert.load_source(name, arch="digits-cnn").model, net)
+
+
+def test_half_and_double_weights_load_as_single() -> None:
+    net = random_net()
+    for kind in (torch.float16, torch.float64):
+        torch.save(copy.deepcopy(net).to(kind).state_dict(), "model.pt")
+        model = convert.load_source("model.pt").model
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        torch.testing.assert_close(model.state_dict(), net.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_source_keeps_the_digest_of_its_file() -> None:
+    torch.save(random_net().state_dict(), "a.pt")
+    torch.save(random_net().state_dict(), "b.pt")
+    first, again, other = (convert.load_source(name).digest for name in ("a.pt", "a.pt", "b.pt"))
+    assert first == again != other
+    assert len(str(first)) == 64
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["module", "checkpoint"])
+def test_a_pickled_sequential_loads_without_trust(wrapped: bool) -> None:
+    net = small_net()
+    torch.save({"model": net, "epoch": 3} if wrapped else net, "net.pt")
+    source = convert.load_source("net.pt")
+    assert isinstance(source.model, nn.Sequential)
+    assert same_function(source.model, net)
+    assert source.card is None
+
+
+def test_a_pickled_module_of_the_zoo_loads_without_trust() -> None:
+    net = random_net()
+    torch.save(net, "net.pt")
+    assert same_function(convert.load_source("net.pt").model, net)
+
+
+def test_a_pickled_module_in_training_mode_loads_in_evaluation_mode() -> None:
+    torch.save(small_net().train(), "net.pt")
+    assert not any(module.training for module in convert.load_source("net.pt").model.modules())
+
+
+def test_a_pickled_torchvision_resnet18_loads_without_trust() -> None:
+    net = torchvision().models.resnet18(weights=None).eval()
+    torch.save(net, "resnet.pt")
+    assert same_function(convert.load_source("resnet.pt").model, net, 3, 64, 64)
+
+
+@pytest.mark.parametrize("save", [torch.save, safetensors.torch.save_file], ids=["torch", "safetensors"])
+def test_weights_of_a_torchvision_network_are_recognised(save: Callable[[Any, Path], None]) -> None:
+    net = torchvision().models.squeezenet1_1(weights=None).eval()
+    save(net.state_dict(), Path("weights.pth"))
+    source = convert.load_source("weights.pth")
+    assert source.card is not None
+    assert (source.card.name, source.num_classes) == ("torchvision:squeezenet1_1", 1000)
+    assert same_function(source.model, net, 3, 64, 64)
+
+
+def test_weights_of_a_named_torchvision_network_with_other_classes_load() -> None:
+    net = torchvision().models.resnet18(weights=None, num_classes=5).eval()
+    torch.save({"state_dict": prefixed(net.state_dict(), "module.")}, "weights.pth")
+    source = convert.load_source("weights.pth", arch="torchvision:resnet18")
+    assert source.num_classes == 5
+    assert same_function(source.model, net, 3, 64, 64)
+
+
+def test_a_pickled_module_in_the_legacy_format_needs_trust() -> None:
+    net = small_net()
+    legacy(net, Path("net.pt"))
+    with pytest.raises(UnsafePickleError, match="--trust-pickle"):
+        convert.load_source("net.pt")
+    assert same_function(convert.load_source("net.pt", trust_pickle=True).model, net)
+
+
+USERS_MODULE = """
+from pathlib import Path
+from torch import nn
+
+Path("imported").touch()
+
+
+class Mine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.ReLU())
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+"""
+
+
+@pytest.fixture
+def users_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module of the user's own, importable, with mine.pt pickled from it, and not imported now."""
+    name = "users_network"
+    Path(f"{name}.py").write_text(USERS_MODULE)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    torch.save(importlib.import_module(name).Mine().eval(), "mine.pt")
+    del sys.modules[name]
+    Path("imported").unlink()
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_a_class_of_the_users_own_is_refused_by_name_and_not_imported(users_module: str) -> None:
+    with pytest.raises(UnsafePickleError, match=rf"mine\.pt.*{users_module}\.Mine.*--trust-pickle.*state_dict"):
+        convert.load_source("mine.pt")
+    assert users_module not in sys.modules
+    assert not Path("imported").exists()
+
+
+def test_a_class_of_the_users_own_loads_with_trust(users_module: str) -> None:
+    model = convert.load_source("mine.pt", trust_pickle=True).model
+    assert type(model).__module__ == users_module
+    assert model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    arguments = ("convert", "mine.pt", "-T", 2, "--input-size", "1,8,8")
+    status, message = command(*arguments)
+    assert status == 1
+    assert "--trust-pickle" in message
+    assert command(*arguments, "--trust-pickle")[0] == 0
+
+
+def test_a_class_that_cannot_be_imported_is_named(users_module: str) -> None:
+    Path(f"{users_module}.py").unlink()
+    importlib.invalidate_caches()
+    with pytest.raises(SourceError, match=rf"mine\.pt.*{users_module}.*import"):
+        convert.load_source("mine.pt", trust_pickle=True)
+
+
+def torchscript(net: nn.Module, path: Path) -> None:
+    torch.jit.save(torch.jit.trace(net, torch.zeros(1, 1, 8, 8)), path)
+
+
+def exported(net: nn.Module, path: Path) -> None:
+    program = torch.export.export(net, (torch.zeros(2, 1, 8, 8),))
+    with path.open("wb") as file:
+        torch.export.save(program, file)
+
+
+@pytest.mark.parametrize("trust_pickle", [False, True])
+@pytest.mark.parametrize("name", ["net.pt", "net.pt2"])
+@pytest.mark.parametrize(("save", "kind"), [(torchscript, "TorchScript"), (exported, r"torch\.export")])
+def test_a_program_is_refused_with_advice_that_works(
+    save: Callable[[nn.Module, Path], None], kind: str, name: str, trust_pickle: bool
+) -> None:
+    net = random_net()
+    save(net, Path(name))
+    with pytest.raises(SourceError, match=rf"{kind}.*expected a state_dict.*torch\.save\(model\.state_dict"):
+        convert.load_source(name, trust_pickle=trust_pickle)
+    torch.save(net.state_dict(), name)
+    assert same_function(convert.load_source(name, trust_pickle=trust_pickle).model, net)
+
+
+def test_a_spiking_network_as_source_is_refused_as_what_it_is() -> None:
+    assert command("convert", "zoo:digits-cnn", "-T", 2, "--output", "snn.safetensors")[0] == 0
+    with pytest.raises(SourceError, match="spiking network"):
+        convert.load_source("snn.safetensors")
+
+
+def test_weights_that_differ_in_one_shape_are_refused_with_the_nearest_architecture() -> None:
+    torch.save({**random_net().state_dict(), "stem.0.weight": torch.zeros(24, 3, 3, 3)}, "model.pt")
+    with pytest.raises(ArchitectureError, match=r"model\.pt.*nearest is digits-cnn.*--arch"):
+        convert.load_source("model.pt")
+
+
+def test_a_network_of_ones_own_is_loaded_from_the_file_it_was_made_from() -> None:
+    net = small_net()
+    torch.save(net, "net.pt")
+    assert command("convert", "net.pt", "-T", 2, "--input-size", "1,8,8")[0] == 0
+    with pytest.raises(ArtifactError, match=r"net\.pt.*cannot be built by name.*--source FILE"):
+        convert.load("net-snn-T2.safetensors")
+    snn = convert.load("net-snn-T2.safetensors", source="net.pt")
+    assert same_function(snn, convert.load("net-snn-T2.safetensors", source=net))
+    with torch.no_grad():
+        net[-1].bias.add_(1)
+    torch.save(net, "net.pt")
+    with pytest.raises(ArtifactError, match=r"net\.pt: its sha256 is .* expected the same file"):
+        convert.load("net-snn-T2.safetensors", source="net.pt")
