@@ -67,7 +67,7 @@ def _histograms(
         if data is None:
             raise CalibrationError(
                 f"{policy_text(policy)} needs data and none was given. Pass data= (on the command line --data), or "
-                "use BatchNormStatistics() if the network has BatchNorm."
+                "use BatchNormStatistics() (--calibration batchnorm) if the network has BatchNorm."
             )
         return observe(prepared.model, wanted, data.split(128) if isinstance(data, Tensor) else data)
     histograms, unknown = predicted_histograms(prepared)

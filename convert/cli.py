@@ -13,6 +13,7 @@ from typing import Any
 import click
 import torch
 
+from ..artifact import is_there, user_path
 from ..calibrate import Policy
 from ..cli import run
 from ..errors import ArgumentError, ArtifactError, DataError
@@ -21,7 +22,7 @@ from ..records import Evaluation, plain_value
 from ..results import describe_network
 from ..terminal import Terminal, print_result
 from ..time_axis import MAX_TIMESTEPS
-from .cli_inputs import Amounts, Inputs, NumbersType, PolicyType, open_inputs
+from .cli_inputs import SEED, Amounts, Inputs, NumbersType, PolicyType, open_inputs
 from .loading import Source, load_source
 from .pipeline import Conversion, convert
 from .storage import save
@@ -73,7 +74,7 @@ class Job:
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of sample order and training.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of sample order and training.")
 @click.option("--trust-pickle", is_flag=True, help="Let a pickled SOURCE run code. Only for files you trust.")
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: SOURCE-snn-T4.safetensors here."
@@ -93,7 +94,7 @@ def convert_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Convert SOURCE to a spiking network of LM-H neurons.
+    """Convert SOURCE to a spiking network of LM-H neurons.
 
     SOURCE is zoo:NAME, torchvision:NAME, or a file: a state_dict, a checkpoint that holds one, or a pickled module.
 
@@ -101,7 +102,7 @@ def convert_command(
     lmh-convert zoo:digits-cnn --timesteps 4 --data digits --finetune 3
     lmh-convert model.pt --timesteps 4
     lmh-convert resnet.pth --arch torchvision:resnet18 --timesteps 8 --data folder:photos
-    """
+    """  # noqa: D301
     job = Job(
         source=source,
         timesteps=timesteps,
@@ -140,9 +141,12 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
     _check_output(job)
     torch.manual_seed(job.amounts.seed)
     source = _load(job)
-    inputs, assumed = open_inputs(
-        source, job.data, job.timesteps, job.amounts, input_size=job.input_size, mean=job.mean, std=job.std
-    )
+    try:
+        inputs, assumed = open_inputs(
+            source, job.data, job.timesteps, job.amounts, input_size=job.input_size, mean=job.mean, std=job.std
+        )
+    except ArgumentError as error:
+        raise click.UsageError(str(error)) from error
     for notice in (*source.notices, *assumed):
         terminal.notice(notice)
     source.model.to(job.device)
@@ -172,31 +176,39 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
     save(conversion, job.output, source=source.record(), metrics=metrics, seed=job.amounts.seed, command=command,
          data=job.data, samples=inputs.order, epochs=job.epochs, nodes=result["nodes"],
          preprocessing=plain_value(inputs.preprocessing))  # fmt: skip
+    _checkpoint(job).unlink(missing_ok=True)
     return result
+
+
+def _checkpoint(job: Job) -> Path:
+    """Where a training that is cut goes on from; kept until the network is written."""
+    return job.output.with_name(f"{job.output.name}.training")
 
 
 def _check_output(job: Job) -> None:
     """Find out before the work whether the result can be written."""
-    if Path(job.source).exists() and job.output.exists() and job.output.samefile(job.source):
-        raise click.UsageError(f"--output {job.output} is the source, which is never overwritten. Choose another file.")
+    inputs = {"the source": user_path(job.source), "the data": user_path((job.data or "").partition(":")[2])}
+    for what, path in inputs.items():
+        if is_there(path) and is_there(job.output) and job.output.samefile(path):
+            raise click.UsageError(f"--output {job.output} is {what}, which is never overwritten. Choose another file.")
     try:
-        with tempfile.TemporaryFile(dir=job.output.parent):
+        with tempfile.NamedTemporaryFile(prefix=f".{job.output.name}.", dir=job.output.parent):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ArtifactError(
-            f"{job.output}: cannot be written ({error.strerror}); expected a writable folder. Choose another --output."
+            f"{job.output}: cannot be written ({reason}); expected a writable folder and a plain file name. "
+            "Choose another --output."
         ) from error
 
 
 def _load(job: Job) -> Source:
-    if job.arch is not None:
-        from .. import zoo
-
-        try:
-            zoo.card(job.arch)
-        except ArgumentError as error:
-            raise click.BadParameter(str(error), param_hint="--arch") from error
-    return load_source(job.source, arch=job.arch, trust_pickle=job.trust_pickle)
+    try:
+        return load_source(job.source, arch=job.arch, trust_pickle=job.trust_pickle)
+    except ArgumentError as error:
+        if job.arch is None:
+            raise
+        raise click.BadParameter(str(error), param_hint="--arch") from error
 
 
 def _convert(job: Job, source: Source, inputs: Inputs, terminal: Terminal) -> Conversion:
@@ -229,7 +241,6 @@ def _finetune(job: Job, conversion: Conversion, source: Source, inputs: Inputs, 
 
     if inputs.train is None or getattr(inputs.train.split, "labels", None) is None:
         raise DataError(f"{job.data}: no labelled training samples; expected some for --finetune.")
-    checkpoint = job.output.with_name(f"{job.output.name}.training")
     with terminal.stage("fine-tuning", job.epochs * len(inputs.train)) as advance:
         finetune(
             conversion.snn,
@@ -237,11 +248,10 @@ def _finetune(job: Job, conversion: Conversion, source: Source, inputs: Inputs, 
             inputs.val,
             schedule=Schedule(epochs=job.epochs, seed=job.amounts.seed),
             teacher=source.model,
-            checkpoint=checkpoint,
+            checkpoint=_checkpoint(job),
             on_batch=lambda epoch, _index, loss: advance(1, f"epoch {epoch + 1}, loss {loss:.3f}"),
             on_epoch=lambda result: terminal.notice(_epoch_line(result, job.epochs)),
         )
-    checkpoint.unlink(missing_ok=True)
 
 
 def _epoch_line(result: Any, epochs: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..zoo.data import ArraySplit
 from ..zoo.images import Batches, CropFlip, Preprocessing, Split
 from ..zoo.registry import IMAGENET
 from .loading import Source
+
+SEED = click.IntRange(0, 2**63 - 1)
 
 
 class PolicyType(click.ParamType):
@@ -60,7 +63,8 @@ class NumbersType(click.ParamType):
             numbers = tuple(self.kind(part) for part in value.split(","))
         except ValueError:
             self.fail(f"{value!r}: expected numbers separated by commas, as in {self.example}.", param, ctx)
-        if (self.count is not None and len(numbers) != self.count) or (self.kind is int and min(numbers) < 1):
+        finite = all(math.isfinite(number) for number in numbers)
+        if not finite or (self.count not in (None, len(numbers))) or (self.kind is int and min(numbers) < 1):
             self.fail(f"{value!r}: expected {self.example}.", param, ctx)
         return numbers
 
@@ -150,8 +154,8 @@ def evaluation_batch(preprocessing: Preprocessing, timesteps: int) -> int:
 
 
 def training_batch(count: int) -> int:
-    """Return a batch size that gives a small data set at least about 40 steps an epoch: 16 to 128."""
-    return max(16, min(128, count // 40))
+    """Return a batch size that gives a small data set about 100 steps an epoch: 16 to 128."""
+    return max(16, min(128, count // 100))
 
 
 def _batches(

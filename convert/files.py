@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..artifact import read_tensors
+from ..artifact import FORMAT, is_there, read_tensors
 from ..errors import ArtifactError, SourceError, UnsafePickleError
 from ..torchvision_shim import torchvision
 
@@ -41,7 +42,7 @@ def kind_of_file(path: Path) -> FileKind:
     Raises:
         SourceError: if it is missing, empty, truncated, or nothing that torch writes.
     """
-    if not path.exists():
+    if not is_there(path):
         raise SourceError(f"{path}: no such file; expected a model file, zoo:NAME or torchvision:NAME. Check the path.")
     if path.is_dir():
         raise SourceError(f"{path}: is a folder; expected a model file. Name the file in it.")
@@ -92,10 +93,7 @@ def read_object(path: Path, *, trust_pickle: bool = False) -> Any:
     kind = kind_of_file(path)
     match kind:
         case FileKind.SAFETENSORS:
-            try:
-                return read_tensors(path)[0]
-            except ArtifactError as error:
-                raise SourceError(str(error)) from error
+            return _read_safetensors(path)
         case FileKind.TORCHSCRIPT | FileKind.EXPORTED:
             raise SourceError(
                 f"{path}: {kind.value}, whose graph cannot be rewritten; expected a state_dict or a module. "
@@ -107,9 +105,29 @@ def read_object(path: Path, *, trust_pickle: bool = False) -> Any:
         return _load(path, weights_only=True)
 
 
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors, metadata = read_tensors(path)
+    except ArtifactError as error:
+        raise SourceError(str(error)) from error
+    if metadata.get("format") == FORMAT:
+        raise SourceError(
+            f"{path}: is a spiking network already; expected an ANN. Measure it with `lmh report {path} --data …`, "
+            "or load it with lmh.convert.load."
+        )
+    return tensors
+
+
 def _load(path: Path, *, weights_only: bool) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=weights_only)
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=weights_only)
+    except (ImportError, AttributeError) as error:
+        raise SourceError(
+            f"{path}: its pickle needs a class that cannot be imported ({error}); expected its module on the path. "
+            "Set PYTHONPATH to the folder that holds the module."
+        ) from error
     except pickle.UnpicklingError as error:
         if weights_only and "weights_only" in str(error).lower():
             raise UnsafePickleError(
@@ -133,7 +151,8 @@ def _module_classes(path: Path) -> list[Any]:
         UnsafePickleError: naming everything outside the trusted packages.
     """
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with path.open("rb") as file:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception as error:
         raise SourceError(_unreadable(path, error)) from error
     classes = {name: _trusted_class(name) for name in names}

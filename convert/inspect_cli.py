@@ -15,7 +15,7 @@ from ..evaluation import evaluate
 from ..results import describe_network
 from ..terminal import Terminal, print_result
 from ..zoo.images import Batches, Preprocessing
-from .cli_inputs import evaluation_batch
+from .cli_inputs import SEED, evaluation_batch
 from .loading import load_source
 from .storage import MANIFEST, load
 
@@ -53,7 +53,7 @@ def _text(value: Any) -> str:
 )
 @click.option("--source", metavar="FILE", help="The ANN, where the saved network names none that can be built.")
 @click.option("--test-samples", type=click.IntRange(min=1), help="Test images to measure on; all unless given.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sample order.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the sample order.")
 @click.option("--trust-pickle", is_flag=True, help="Let a pickled --source run code. Only for files you trust.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
@@ -70,7 +70,7 @@ def report_command(
     order = zoo.seeded_order(test, seed)[:test_samples]
     timesteps = manifest["recipe"]["timesteps"]
     batches = Batches(test, preprocessing, evaluation_batch(preprocessing, timesteps), order)
-    ann, notices = _source_ann(manifest["source"]["name"], source, trust_pickle)
+    ann, notices = _source_ann(manifest["source"], source, trust_pickle)
     notices.append(f"Samples: test {len(order)} of {len(test)} in the order of seed {seed}.")
     for notice in notices:
         terminal.notice(notice)
@@ -98,10 +98,13 @@ def _preprocessing(manifest: dict[str, Any]) -> Preprocessing:
     return zoo.card(architecture).preprocessing
 
 
-def _source_ann(name: str | None, source: str | None, trust_pickle: bool) -> tuple[Any, list[str]]:
-    """Return the ANN to compare with, if it is at hand."""
+def _source_ann(record: dict[str, Any], source: str | None, trust_pickle: bool) -> tuple[Any, list[str]]:
+    """Return the ANN to compare with, if it is at hand and still the one that was converted."""
+    name = source or record["name"]
     try:
-        found = source or name
-        return (None if found is None else load_source(found, trust_pickle=trust_pickle).model), []
+        found = None if name is None else load_source(name, trust_pickle=trust_pickle)
     except LMHError as error:
         return None, [f"The source ANN is not at hand, so it is not measured: {error}"]
+    if found is not None and found.digest != record["sha256"]:
+        return None, [f"{name} has changed since the conversion, so the ANN is not measured."]
+    return (None if found is None else found.model), []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import zoo
-from ..artifact import file_digest
+from ..artifact import file_digest, user_path
 from ..errors import ArchitectureError, ArgumentError, SourceError
 from ..torchvision_shim import torchvision
 from ..zoo.registry import TORCHVISION, Card
@@ -68,21 +68,21 @@ def load_source(name: str, *, arch: str | None = None, trust_pickle: bool = Fals
         ArchitectureError: if its tensors fit no architecture, or not the one named.
         ArgumentError: for an unknown name.
     """
+    if arch is not None and name.startswith(("zoo:", TORCHVISION)):
+        raise ArgumentError(f"arch={arch!r} came with {name}, which says its architecture. Leave it out.")
     if name.startswith("zoo:"):
         card = zoo.card(name.removeprefix("zoo:"))
         return Source(zoo.load(card.name), name, card, card.num_classes)
     if name.startswith(TORCHVISION):
         return _from_torchvision(name)
-    path = Path(name).expanduser()
-    found = read_object(path, trust_pickle=trust_pickle)
+    path = user_path(name)
+    found = _unwrapped(path, read_object(path, trust_pickle=trust_pickle))
     digest = file_digest(path)
-    if isinstance(found, Mapping) and not _is_state_dict(found):
-        found = _unwrapped(path, found)
     if isinstance(found, nn.Module):
+        if arch is not None:
+            raise ArgumentError(f"arch={arch!r} came with {path}, which holds a whole module. Leave it out.")
         return Source(found.eval(), name, None, None, digest)
-    if not isinstance(found, Mapping):
-        raise SourceError(f"{path}: holds a {type(found).__name__}; expected a state_dict, a checkpoint or a module.")
-    state = _stripped({key: value for key, value in found.items() if isinstance(value, Tensor)})
+    state = _stripped(_plain_tensors(path, found))
     card, notices = (zoo.card(arch), ()) if arch else _recognised(path, state)
     model, num_classes = _filled(path, card, state)
     return Source(model, name, card, num_classes, digest, notices)
@@ -100,15 +100,15 @@ def _from_torchvision(name: str) -> Source:
     return Source(model, name, card, card.num_classes)
 
 
-def _is_state_dict(found: Mapping[Any, Any]) -> bool:
-    return bool(found) and all(isinstance(value, Tensor) for value in found.values())
-
-
-def _unwrapped(path: Path, found: Mapping[Any, Any]) -> Any:
+def _unwrapped(path: Path, found: Any) -> nn.Module | Mapping[Any, Any]:
+    """Return the module or state_dict that a file holds, at the top or under a trainer's key."""
+    if isinstance(found, nn.Module):
+        return found
+    if not isinstance(found, Mapping):
+        raise SourceError(f"{path}: holds a {type(found).__name__}; expected a state_dict, a checkpoint or a module.")
     for key in WRAPPERS:
-        inner = found.get(key)
-        if isinstance(inner, nn.Module) or (isinstance(inner, Mapping) and _is_state_dict(inner)):
-            return inner
+        if isinstance(found.get(key), nn.Module | Mapping):
+            return _unwrapped(path, found[key])
     if any(isinstance(value, Tensor) for value in found.values()):
         return found
     raise SourceError(
@@ -117,17 +117,43 @@ def _unwrapped(path: Path, found: Mapping[Any, Any]) -> Any:
     )
 
 
-def _stripped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in PREFIXES:
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+def _plain_tensors(path: Path, found: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a state_dict, without what else a trainer put among them."""
+    state = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+    for key, value in state.items():
+        if value.layout is not torch.strided or value.is_complex() or value.is_quantized:
+            raise SourceError(
+                f"{path}: {key} is a {value.dtype} tensor in layout {value.layout}; expected plain real numbers. "
+                "Save it dense and dequantised."
+            )
     return state
 
 
-def _classes_in(state: Mapping[str, Tensor]) -> int | None:
-    """The number of outputs of the last weighted layer in a state_dict."""
-    weights = [tensor for tensor in state.values() if tensor.ndim >= 2]
-    return weights[-1].shape[0] if weights else None
+def _stripped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the prefixes of wrappers (DataParallel, torch.compile), in whatever order they were put on."""
+    for prefix in PREFIXES:
+        if state and all(key.startswith(prefix) for key in state):
+            return _stripped({key.removeprefix(prefix): value for key, value in state.items()})
+    return state
+
+
+def _classes_in(state: Mapping[str, Tensor], card: Card) -> int | None:
+    """Return the number of classes with which an architecture has just this state_dict, or None.
+
+    The tensors that differ from the usual number of classes must all have it on axis 0.
+    """
+    usual, got = _shapes(card.name, card.num_classes), _shapes_of(state)
+    if usual is None or usual.keys() != got.keys():
+        return None
+    differing = [key for key in usual if usual[key] != got[key]]
+    if not differing:
+        return card.num_classes
+    counts = {got[key][0] if got[key] else 0 for key in differing}
+    fitting = all(usual[key][:1] == (card.num_classes,) for key in differing)
+    if not fitting or len(counts) != 1:
+        return None
+    (classes,) = counts
+    return classes if _shapes(card.name, classes) == got else None
 
 
 @lru_cache(maxsize=256)
@@ -147,40 +173,43 @@ def _shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _recognised(path: Path, state: dict[str, Tensor]) -> tuple[Card, tuple[str, ...]]:
     """Find the architectures whose tensors have these names and shapes: the zoo's first, then torchvision's."""
-    wanted, classes = _shapes_of(state), _classes_in(state)
     models = torchvision().models
     for names in (zoo.list_architectures(), [TORCHVISION + name for name in models.list_models(module=models)]):
-        fitting = [name for name in names if _shapes(name, classes or 1000) == wanted]
+        cards = [zoo.card(name) for name in names]
+        fitting = {card.name: classes for card in cards if (classes := _classes_in(state, card)) is not None}
         if len(fitting) > 1:
             raise ArchitectureError(f"{path}: fits {', '.join(fitting)} alike; choose one with --arch.")
-        if fitting:
-            return zoo.card(fitting[0]), (f"Recognised {fitting[0]} with {classes} classes from names and shapes.",)
-    near = _nearest(wanted)
+        for name, classes in fitting.items():
+            return zoo.card(name), (f"Recognised {name} with {classes} classes from names and shapes.",)
     raise ArchitectureError(
-        f"{path}: {len(wanted)} tensors ({', '.join(list(wanted)[:SHOWN])}, …) that fit no architecture of the zoo "
-        f"or of torchvision; nearest is {near}. Name it with --arch, or convert the module with "
+        f"{path}: {len(state)} tensors ({', '.join(list(state)[:SHOWN])}, …) that fit no architecture of the zoo "
+        f"or of torchvision; nearest is {_nearest(_shapes_of(state))}. Name it with --arch, or convert the module with "
         "lmh.convert.convert(model, …)."
     )
 
 
 def _nearest(wanted: Mapping[str, tuple[int, ...]]) -> str:
-    def common(name: str) -> int:
-        return len(wanted.keys() & (_shapes(name, zoo.card(name).num_classes) or {}).keys())
+    """Describe the architecture of the zoo that shares most names, and most shapes, with ``wanted``."""
+
+    def common(name: str) -> tuple[int, int]:
+        shapes = _shapes(name, zoo.card(name).num_classes) or {}
+        names = wanted.keys() & shapes.keys()
+        return len(names), sum(wanted[key] == shapes[key] for key in names)
 
     best = max(zoo.list_architectures(), key=common)
-    shapes = _shapes(best, zoo.card(best).num_classes) or {}
-    return f"{best}, which shares {common(best)} of its {len(shapes)} names" if common(best) else "none of the zoo"
+    names, shapes = common(best)
+    total = len(_shapes(best, zoo.card(best).num_classes) or {})
+    return f"{best}, which shares {names} of its {total} names and {shapes} shapes" if names else "none of the zoo"
 
 
 def _filled(path: Path, card: Card, state: dict[str, Tensor]) -> tuple[nn.Module, int]:
     """Build an architecture and load a state_dict into it."""
-    for classes in (_classes_in(state), card.num_classes):
-        shapes = None if classes is None else _shapes(card.name, classes)
-        if classes is not None and shapes == _shapes_of(state):
-            model = card.build(num_classes=classes)
-            model.load_state_dict(state, strict=False)
-            return model.eval(), classes
-    raise ArchitectureError(_mismatch(path, card, state))
+    classes = _classes_in(state, card)
+    if classes is None:
+        raise ArchitectureError(_mismatch(path, card, state))
+    model = card.build(num_classes=classes)
+    model.load_state_dict(state, strict=False)
+    return model.eval(), classes
 
 
 def _mismatch(path: Path, card: Card, state: dict[str, Tensor]) -> str:
@@ -197,11 +226,3 @@ def _mismatch(path: Path, card: Card, state: dict[str, Tensor]) -> str:
     ]
     more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     return f"{path}: does not fit {card.name}: {'; '.join(lines[:SHOWN])}{more}. Choose another --arch."
-
-
-def module_source(model: nn.Module) -> Source:
-    """Return the source record of a module that a program passed to :func:`convert`."""
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"source: got {type(model).__name__}; expected a file name or a torch.nn.Module.")
-    kind = type(model)
-    return Source(model, f"{kind.__module__}.{kind.__qualname__}", None, None)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .. import zoo
-from ..artifact import file_digest, read_snn, versions, write_snn
+from ..artifact import file_digest, is_there, read_snn, user_path, versions, write_snn
 from ..errors import ArtifactError
 from ..records import Calibration, frozen_value, plain_value
 from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, sites
@@ -81,7 +81,7 @@ def save(
         manifest["source"] = dict(source)
     tensors = snn.state_dict()
     manifest |= {"sites": list(sites(snn)), "structure": _structure(snn), "versions": versions(), **facts}
-    path = Path(file).expanduser()
+    path = user_path(file)
     write_snn(path, tensors, manifest)
     return path
 
@@ -108,9 +108,12 @@ def load(
     Raises:
         ArtifactError: if the file is damaged, or the source is missing or not the same.
     """
-    path = zoo.snn_path(file) if isinstance(file, str) and file.startswith("zoo:") else Path(file).expanduser()
+    path = zoo.snn_path(file) if isinstance(file, str) and file.startswith("zoo:") else user_path(file)
     tensors, manifest = read_snn(path)
-    recipe: Recipe = frozen_value(manifest["recipe"], _TYPES)
+    try:
+        recipe: Recipe = frozen_value(manifest["recipe"], _TYPES)
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: its recipe cannot be read ({error}). Make the file again.") from error
     ann = _architecture(path, manifest["source"], source, trust_pickle)
     prepared = prepare(ann, recipe.sample_shape, rules=rules)
     snn = assemble(prepared, _stored_calibration(path, manifest, tensors), recipe).snn
@@ -119,7 +122,10 @@ def load(
             f"{path}: {manifest['source']['name'] or 'the source'} gives another graph than the file was made from; "
             "expected the same sites and shapes. Pass the network that was converted as source=."
         )
-    snn.load_state_dict(tensors)
+    try:
+        snn.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ArtifactError(f"{path}: tensors are missing or of another shape. Make the file again.") from error
     snn.meta[MANIFEST] = manifest
     return snn
 
@@ -130,7 +136,7 @@ def _architecture(
     if isinstance(source, nn.Module):
         return source
     if source is not None:
-        digest = file_digest(Path(source).expanduser()) if Path(source).expanduser().is_file() else None
+        digest = file_digest(user_path(source)) if is_there(user_path(source)) else None
         if record["sha256"] is not None and digest != record["sha256"]:
             raise ArtifactError(
                 f"{source}: its sha256 is {digest} and {path} was made from {record['sha256']}; expected the same file."

@@ -73,7 +73,7 @@ class Distillation:
         temperature: τ.
     """
 
-    weight: float = 0.5
+    weight: float = 0.9
     temperature: float = 2.0
 
     def __post_init__(self) -> None:

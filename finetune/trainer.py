@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import read_tensors, write_tensors
-from ..errors import ArgumentError, TrainingError
+from ..errors import ArgumentError, ArtifactError, TrainingError
 from ..records import plain_value
 from ..spiking import SpikingSite
 from ..time_axis import per_step
@@ -44,7 +45,7 @@ class Schedule:
     """
 
     epochs: int
-    lr: float = 0.01
+    lr: float = 0.03
     neuron_lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -69,7 +70,7 @@ class EpochResult:
     val_accuracy: float | None
 
 
-class _Diverged(ArithmeticError):
+class _DivergedError(ArithmeticError):
     """A loss or gradient that is not finite; the weights were not touched by it."""
 
 
@@ -111,7 +112,8 @@ def fit(
     """
     optimizer = torch.optim.SGD(_groups(model, schedule), lr=schedule.lr, momentum=schedule.momentum)
     torch.manual_seed(schedule.seed)
-    history = _resume(model, optimizer, schedule, checkpoint)
+    start = None if checkpoint is None else _fingerprint(model, train)
+    history = _resume(model, optimizer, schedule, checkpoint, start)
     device = next(model.parameters()).device
     if teacher is not None:
         teacher = teacher.to(device).eval()
@@ -124,10 +126,11 @@ def fit(
             _set_rate(optimizer, schedule, (epoch + index / batches) / schedule.epochs)
             try:
                 loss = _step(model, optimizer, schedule, teacher, x, y)
-            except _Diverged as error:
+            except _DivergedError as error:
                 raise TrainingError(
-                    f"epoch {epoch + 1}, batch {index + 1}: {error}; expected a finite number. Lower lr or neuron_lr, or "
-                    "look for NaN in the data; a checkpoint of the last whole epoch is kept if one was asked for."
+                    f"epoch {epoch + 1}, batch {index + 1}: {error}; expected a finite number. "
+                    "Lower lr or neuron_lr, or look for NaN in the data; a checkpoint of the last whole epoch is kept "
+                    "if one was asked for."
                 ) from error
             total, seen = total + loss * len(x), seen + len(x)
             if on_batch is not None:
@@ -135,7 +138,7 @@ def fit(
         model.eval()
         history.append(EpochResult(epoch, total / seen, None if val is None else accuracy(model, val)))
         if checkpoint is not None:
-            _save(model, optimizer, schedule, history, checkpoint)
+            _save(model, optimizer, schedule, history, checkpoint, start)
         if on_epoch is not None:
             on_epoch(history[-1])
     return history
@@ -214,13 +217,29 @@ def _step(
     norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf if schedule.clip_norm is None else schedule.clip_norm)
     for what, value in (("loss", loss.detach()), ("gradient", norm)):
         if not torch.isfinite(value):
-            raise _Diverged(f"the {what} is {float(value)}")
+            raise _DivergedError(f"the {what} is {float(value)}")
     optimizer.step()
     return float(loss.detach())
 
 
+def _fingerprint(model: nn.Module, train: EpochBatches) -> str:
+    """Digest of where a run starts: the weights, the number of batches and the first of them."""
+    batches = train.at_epoch(0)
+    first = next(iter(batches), ())
+    tensors = [first] if isinstance(first, Tensor) else list(first)
+    digest = hashlib.sha256(str(_count(batches)).encode())
+    for tensor in (*model.state_dict().values(), *tensors):
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _save(
-    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, history: list[EpochResult], path: Path
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    history: list[EpochResult],
+    path: Path,
+    start: str | None,
 ) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
@@ -228,24 +247,25 @@ def _save(
         if momentum is not None:
             tensors[f"momentum.{name}"] = momentum
     tensors["random_state"] = torch.get_rng_state()
-    write_tensors(path, tensors, {"schedule": plain_value(schedule), "history": plain_value(history)})
+    facts = {"schedule": plain_value(schedule), "history": plain_value(history), "start": start}
+    write_tensors(path, tensors, facts)
 
 
 def _resume(
-    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, path: Path | None
+    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, path: Path | None, start: str | None
 ) -> list[EpochResult]:
     if path is None or not path.exists():
         return []
-    tensors, metadata = read_tensors(path)
-    if metadata.get("schedule") != plain_value(schedule):
-        raise TrainingError(
-            f"{path}: a checkpoint of a run with other settings; expected the same schedule. Delete it to start anew."
-        )
-    state = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise TrainingError(f"{path}: a checkpoint of another network. Delete it to start anew.") from error
+        tensors, metadata = read_tensors(path)
+    except ArtifactError as error:
+        raise TrainingError(f"{path}: not a checkpoint that can be read. Delete it to start anew.") from error
+    if metadata.get("schedule") != plain_value(schedule) or metadata.get("start") != start:
+        raise TrainingError(
+            f"{path}: a checkpoint of a run with other settings, data or starting weights; expected the same. "
+            "Delete it to start anew."
+        )
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for name, parameter in model.named_parameters():
         if f"momentum.{name}" in tensors:
             optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device)

@@ -20,6 +20,23 @@ from .errors import ArtifactError
 
 FORMAT = "lmh-snn"
 VERSION = 1
+MANIFEST_KEYS = ("recipe", "calibration", "source", "sites", "structure")
+
+
+def user_path(text: str | Path) -> Path:
+    """Return a path that a user typed, with ``~`` for the home folder; one that cannot be expanded stays as it is."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
+def is_there(path: Path) -> bool:
+    """Whether something has this path; False for names that no file system takes."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -38,12 +55,12 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
         raise ArtifactError(
-            f"{path}: cannot be written ({error.strerror or error}); expected a writable folder with "
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); expected a writable folder with "
             f"{len(data) / 1e6:.1f} MB free. Choose another place with --output."
         ) from error
 
@@ -76,13 +93,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ArtifactError: if the file is missing or damaged.
     """
+    if is_there(path) and path.is_dir():
+        raise ArtifactError(f"{path}: is a folder; expected a .safetensors. Name the file in it.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: no such file; expected a .safetensors. Check the path.") from error
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{path}: not a readable .safetensors ({error}). Make or copy it again.") from error
     return tensors, {key: _from_json(value) for key, value in header.items()}
 
@@ -108,11 +127,16 @@ def read_snn(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         raise ArtifactError(f"{path}: holds tensors but no spiking network; expected a file written by lmh-convert.")
-    if metadata["version"] > VERSION:
+    version, manifest = metadata.get("version"), metadata.get("manifest")
+    if isinstance(version, int) and version > VERSION:
+        raise ArtifactError(f"{path}: format version {version}; this lmh reads up to {VERSION}. Update lmh-convert.")
+    missing = [key for key in MANIFEST_KEYS if not isinstance(manifest, dict) or key not in manifest]
+    if version != VERSION or missing or not isinstance(manifest, dict):
         raise ArtifactError(
-            f"{path}: format version {metadata['version']}; this lmh reads up to {VERSION}. Update lmh-convert."
+            f"{path}: a damaged manifest (version {version!r}, without {', '.join(missing) or 'nothing'}); "
+            "expected one written by lmh-convert. Make the file again."
         )
-    return tensors, metadata["manifest"]
+    return tensors, manifest
 
 
 def file_digest(path: Path) -> str:

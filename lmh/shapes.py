@@ -19,6 +19,7 @@ BATCHES = (2, 3)
 class _Recorder(fx.Interpreter):
     def __init__(self, model: fx.GraphModule) -> None:
         super().__init__(model)
+        self.extra_traceback = False
         self.values: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:

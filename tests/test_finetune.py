@@ -90,7 +90,7 @@ def test_a_checkpoint_of_another_network_is_refused(start: nn.Module, train: Bat
     file = tmp_path / "run.safetensors"
     finetune(start, train, epochs=1, checkpoint=file)
     other = convert(nets.conv_net(1), 2, example_input=torch.zeros(1, 1, 8, 8)).snn
-    with pytest.raises(TrainingError, match="another network"):
+    with pytest.raises(TrainingError, match="starting weights"):
         finetune(other, train, epochs=1, checkpoint=file)
 
 

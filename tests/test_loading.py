@@ -233,7 +233,7 @@ def users_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_a_class_of_the_users_own_is_refused_by_name_and_not_imported(users_module: str) -> None:
-    with pytest.raises(UnsafePickleError, match=rf"mine\.pt.*{users_module}\.Mine.*--trust-pickle.*state_dict"):
+    with pytest.raises(UnsafePickleError, match=rf"mine\.pt.*{users_module}\.Mine.*--trust-pickle"):
         convert.load_source("mine.pt")
     assert users_module not in sys.modules
     assert not Path("imported").exists()
@@ -253,7 +253,7 @@ def test_a_class_of_the_users_own_loads_with_trust(users_module: str) -> None:
 def test_a_class_that_cannot_be_imported_is_named(users_module: str) -> None:
     Path(f"{users_module}.py").unlink()
     importlib.invalidate_caches()
-    with pytest.raises(SourceError, match=rf"mine\.pt.*{users_module}.*import"):
+    with pytest.raises(SourceError, match=rf"mine\.pt.*cannot be imported.*{users_module}.*PYTHONPATH"):
         convert.load_source("mine.pt", trust_pickle=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..errors import DataError
+from ..artifact import is_there, user_path
+from ..errors import ArgumentError, DataError
 from ..torchvision_shim import torchvision
 from .images import Split
 
@@ -100,6 +100,7 @@ def load_data(spec: str, *, input_size: tuple[int, int, int] = (3, 224, 224)) ->
         input_size: (C, H, W) that folder images are cropped and resized to; arrays keep their size.
 
     Raises:
+        ArgumentError: for a spec that is none of these.
         DataError: saying what is missing and where it was looked for.
 
     >>> data = load_data("digits")
@@ -116,8 +117,8 @@ def load_data(spec: str, *, input_size: tuple[int, int, int] = (3, 224, 224)) ->
         "folder": lambda name, path: _folder(name, path, input_size),
     }
     if kind not in loaders or not where:
-        raise DataError(f"data {spec!r} is not known; expected {HELP}.")
-    return loaders[kind](spec, Path(where).expanduser())
+        raise ArgumentError(f"data {spec!r} is not known; expected {HELP}.")
+    return loaders[kind](spec, user_path(where))
 
 
 def _digits() -> DataSet:
@@ -134,22 +135,23 @@ def _digits() -> DataSet:
 
 
 def _npz(spec: str, path: Path) -> DataSet:
-    if not path.is_file():
+    if not is_there(path):
         raise DataError(f"{path}: no such file; expected an .npz with x_train, y_train, x_test, y_test, classes.")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays: dict[str, Any] = {name: file[name] for name in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a readable .npz of plain arrays ({error}). Write it with numpy.savez.") from error
+    except Exception as error:  # numpy raises almost anything on files that are none of its own
+        raise DataError(f"{path}: not a readable .npz of plain arrays. Write it with numpy.savez.") from error
     missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in arrays]
     if missing:
         raise DataError(f"{path}: has {', '.join(arrays) or 'nothing'} but not {', '.join(missing)}. Add them.")
     splits = {part: _array_split(path, part, arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test")}
     count = 1 + max(int(split.labels.max()) for split in splits.values())  # type: ignore[union-attr]
     classes = arrays.get("classes", np.arange(count))
-    if len(classes) < count:
+    if classes.ndim != 1 or len(classes) < count:
         raise DataError(
-            f"{path}: labels go up to {count - 1} but there are {len(classes)} classes. Complete the names."
+            f"{path}: labels go up to {count - 1} and classes has shape {list(classes.shape)}; "
+            f"expected [{count}] names."
         )
     return DataSet(spec, splits["train"], splits["test"], tuple(str(name) for name in classes))
 
@@ -157,8 +159,10 @@ def _npz(spec: str, path: Path) -> DataSet:
 def _array_split(path: Path, part: str, x: np.ndarray, y: np.ndarray) -> ArraySplit:
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) == 0:
         raise DataError(f"{path}: x_{part} is {x.dtype} {list(x.shape)}; expected uint8 [N, H, W, C] with N ≥ 1.")
-    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or (y < 0).any():
-        raise DataError(f"{path}: y_{part} is {y.dtype} {list(y.shape)}; expected whole numbers [{len(x)}] from 0.")
+    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
+        raise DataError(f"{path}: y_{part} is {y.dtype} {list(y.shape)}; expected whole numbers [{len(x)}].")
+    if (y < 0).any():
+        raise DataError(f"{path}: y_{part} has the label {y.min()}; expected labels from 0. Drop unlabelled images.")
     pixels = torch.from_numpy(x if x.ndim == 4 else x[..., None]).permute(0, 3, 1, 2).contiguous()
     return ArraySplit(pixels, torch.from_numpy(y.astype(np.int64)))
 
@@ -182,7 +186,7 @@ def _cifar(spec: str, path: Path) -> DataSet:
 
 
 def _folder(spec: str, path: Path, input_size: tuple[int, int, int]) -> DataSet:
-    if not path.is_dir():
+    if not (is_there(path) and path.is_dir()):
         raise DataError(f"{path}: no such folder; expected one with train/ and test/ (or val/) of class folders.")
     train = path / "train"
     test = path / "test" if (path / "test").is_dir() else path / "val"
@@ -191,6 +195,8 @@ def _folder(spec: str, path: Path, input_size: tuple[int, int, int]) -> DataSet:
         raise DataError(
             f"{train}: no class folders there; expected {train}/CLASS/IMAGE.png. Sort the images into them."
         )
+    if not test.is_dir():
+        raise DataError(f"{path}: has neither test/ nor val/; expected one of them, with a folder for each class.")
     splits = [_folder_split(part, classes, input_size) for part in (train, test)]
     return DataSet(spec, splits[0], splits[1], tuple(classes))
 

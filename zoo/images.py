@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -34,8 +35,8 @@ class Preprocessing:
                 f"normalisation has {len(self.mean)} means and {len(self.std)} deviations for {channels} channels; "
                 "expected one for each. Pass --mean and --std to fit --input-size."
             )
-        if not all(value > 0 for value in self.std):
-            raise ArgumentError(f"std is {self.std}; expected values above 0.")
+        if not (all(value > 0 for value in self.std) and all(map(math.isfinite, (*self.mean, *self.std)))):
+            raise ArgumentError(f"mean is {self.mean} and std {self.std}; expected finite numbers, std above 0.")
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return normalised float32 [N, C, H, W] from uint8 [N, C, H, W], resized where sizes differ."""

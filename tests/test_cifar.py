@@ -1,0 +1,66 @@
+"""The third-party ResNet-20 on real CIFAR-10 images, where the data lies beside the project."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lmh.cli import run
+from lmh.convert.cli import convert_command
+
+TRAIN, TEST = 256, 256
+
+
+def unpacked(folder: Path, part: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first images of a pack (lossless WebP in one byte array), [count, 32, 32, 3] uint8, and their labels."""
+    pack = np.load(folder / f"cifar10-{part}-0.npz")
+    data, offsets = pack["webp"].tobytes(), pack["offsets"][: count + 1]
+    images = [
+        np.asarray(Image.open(io.BytesIO(data[start:end])).convert("RGB")) for start, end in itertools.pairwise(offsets)
+    ]
+    return np.stack(images), pack["labels"][:count].astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def cifar(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("cifar") / "cifar10.npz"
+    (x_train, y_train), (x_test, y_test) = unpacked(data_folder, "train", TRAIN), unpacked(data_folder, "test", TEST)
+    np.savez(file, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, classes=np.arange(10).astype(str))
+    return file
+
+
+def converted(data_folder: Path, cifar: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, object]:
+    source = str(data_folder / "cifar10-resnet20-idelbayev.th")
+    output = str(cifar.with_name("snn.safetensors"))
+    words = [source, "--data", f"npz:{cifar}", "--calibration-samples", str(TRAIN), "--output", output, "--json", *more]
+    assert run(convert_command, words) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_a_third_partys_network_converts_as_it_is(
+    data_folder: Path, cifar: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    four = converted(data_folder, cifar, capsys, "--timesteps", "4")
+    sixteen = converted(data_folder, cifar, capsys, "--timesteps", "16")
+    assert "Recognised cifar10-resnet20-a with 10 classes from names and shapes." in four["notices"]  # type: ignore[operator]
+    assert len(four["sites"]) == 19  # type: ignore[arg-type]
+    assert four["ann_accuracy"] == sixteen["ann_accuracy"]
+    assert four["ann_accuracy"] > 0.88  # type: ignore[operator]
+    assert 0.3 < four["snn_accuracy"][-1] < sixteen["snn_accuracy"][-1]  # type: ignore[index]
+    assert sixteen["snn_accuracy"][-1] > 0.7  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_batchnorm_statistics_beat_chance_without_data(
+    data_folder: Path, cifar: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = converted(data_folder, cifar, capsys, "--timesteps", "16", "--calibration", "batchnorm")
+    assert result["calibration"] == "BatchNormStatistics(per channel), 0 samples"
+    assert result["snn_accuracy"][-1] > 0.5  # type: ignore[index]
