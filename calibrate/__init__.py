@@ -12,10 +12,10 @@ from ..errors import CalibrationError
 from ..records import Calibration, Prepared, Spike, plain_value
 from ..spiking import PerLayer
 from .histogram import Histogram, observe
-from .policies import BatchNormStatistics, Max, MinError, Percentile, Policy
+from .policies import TIMED_LEVELS, BatchNormStatistics, Max, MinError, Percentile, Policy
 from .statistics import predicted_histograms
 
-__all__ = ["BatchNormStatistics", "Max", "MinError", "Percentile", "Policy", "calibrate"]
+__all__ = ["BatchNormStatistics", "Max", "MinError", "Percentile", "Policy", "automatic", "calibrate", "policy_text"]
 
 
 def calibrate(
@@ -46,9 +46,19 @@ def calibrate(
     return Calibration(policy_text(policy), timesteps, samples, thresholds, v_init)
 
 
+def automatic(has_data: bool) -> Policy:
+    """Return the policy that is used unless one is named: with data MinError, without BatchNormStatistics.
+
+    Both count 0.6 levels a step, which does better through many layers than one.
+    """
+    return MinError(TIMED_LEVELS) if has_data else BatchNormStatistics(TIMED_LEVELS)
+
+
 def policy_text(policy: Policy) -> str:
-    """Return a policy as one word with its options: ``MinError(per channel)``, ``Percentile(99.9, per layer)``."""
-    options = [str(v) for k, v in plain_value(policy).items() if k not in ("type", "granularity")]
+    """Return a policy as text with its options: ``Max(per channel)``, ``Percentile(percent=99, per layer)``."""
+    options = [
+        f"{name}={value:g}" for name, value in plain_value(policy).items() if name not in ("type", "granularity")
+    ]
     where = "per layer" if isinstance(policy.granularity, PerLayer) else "per channel"
     return f"{type(policy).__name__}({', '.join([*options, where])})"
 

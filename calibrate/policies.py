@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -14,6 +15,7 @@ from ..spiking import PerChannel, PerLayer
 from .histogram import Histogram
 
 GRID = 128
+TIMED_LEVELS = 0.6
 
 
 class Policy(Protocol):
@@ -68,14 +70,14 @@ class Percentile:
         return torch.minimum(edge, histogram.maximum)
 
 
-def least_error(histogram: Histogram, timesteps: int) -> Tensor:
-    """Return the θ of a grid in (0, maximum] with the least Σ (x − q(x))², q with L = T, [C]."""
+def least_error(histogram: Histogram, levels: int) -> Tensor:
+    """Return the θ of a grid in (0, maximum] with the least Σ (x − q(x))², q with L ``levels``, [C]."""
     centers, counts = histogram.centers().double(), histogram.counts
     best = histogram.maximum.double()
     least = torch.full_like(best, torch.inf)
     for step in range(1, GRID + 1):
         theta = histogram.maximum.double() * step / GRID
-        error = ((centers - quantize(centers, theta.clamp_min(1e-30)[:, None], timesteps)) ** 2 * counts).sum(1)
+        error = ((centers - quantize(centers, theta.clamp_min(1e-30)[:, None], levels)) ** 2 * counts).sum(1)
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better, theta, best)
     return best.to(histogram.maximum.dtype)
@@ -83,18 +85,28 @@ def least_error(histogram: Histogram, timesteps: int) -> Tensor:
 
 @dataclass(frozen=True)
 class MinError:
-    """θ with the least squared error of the quantised ReLU with L = T levels over the activations seen.
+    """θ with the least squared error of the quantised ReLU with L levels over the activations seen.
 
-    The neuron with v_init = θ/2 answers a constant current with just these levels, so this is the clipping
-    and rounding error at the given T (the layer-wise error of Deng & Gu 2021 and Li et al. 2021).
+    A neuron with v_init = θ/2 answers a constant current with just T levels, so L = T is the clipping and
+    rounding error at the given T (the layer-wise error of Deng & Gu 2021 and Li et al. 2021). In a network
+    currents are not constant and the finest levels are lost to the order in which spikes arrive; counting
+    fewer than T levels then gives smaller thresholds that do better (ours; docs/design.md has figures).
+
+    Attributes:
+        levels_per_step: L = ⌈levels_per_step · T⌉.
+        granularity: one θ for each channel, or for the layer.
     """
 
+    levels_per_step: float = 1.0
     granularity: PerLayer | PerChannel = field(default_factory=PerChannel)
     needs_data: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        _check_levels(self.levels_per_step)
+
     def threshold(self, histogram: Histogram, timesteps: int) -> Tensor:
         """Return the best θ of a grid of 128 steps up to the maximum."""
-        return least_error(histogram, timesteps)
+        return least_error(histogram, math.ceil(self.levels_per_step * timesteps))
 
 
 @dataclass(frozen=True)
@@ -103,11 +115,26 @@ class BatchNormStatistics:
 
     Behind a BatchNorm the pre-activation of a channel is taken as normal with mean = bias and standard
     deviation = |weight|; :mod:`lmh.calibrate.statistics` carries both through the rest of the graph.
+
+    Attributes:
+        levels_per_step: as :class:`MinError`.
+        granularity: one θ for each channel, or for the layer.
     """
 
+    levels_per_step: float = 1.0
     granularity: PerLayer | PerChannel = field(default_factory=PerChannel)
     needs_data: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        _check_levels(self.levels_per_step)
+
     def threshold(self, histogram: Histogram, timesteps: int) -> Tensor:
         """Return the best θ of a grid over the predicted distribution."""
-        return least_error(histogram, timesteps)
+        return least_error(histogram, math.ceil(self.levels_per_step * timesteps))
+
+
+def _check_levels(levels_per_step: float) -> None:
+    if not (levels_per_step > 0 and math.isfinite(levels_per_step)):
+        raise ArgumentError(
+            f"levels_per_step is {levels_per_step}; expected a finite number above 0, such as 1 or 0.6."
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .. import zoo
-from ..calibrate import BatchNormStatistics, Max, MinError, Percentile, Policy
+from ..calibrate import Max, Percentile, Policy, automatic
 from ..errors import ArgumentError, DataError
 from ..zoo.data import ArraySplit
 from ..zoo.images import Batches, CropFlip, Preprocessing, Split
@@ -29,15 +29,11 @@ class PolicyType(click.ParamType):
         if not isinstance(value, str):
             return value
         kind, _, option = value.partition(":")
-        simple: dict[str, type[Max | MinError | BatchNormStatistics]] = {
-            "max": Max,
-            "minerror": MinError,
-            "batchnorm": BatchNormStatistics,
-        }
+        simple = {"max": Max(), "minerror": automatic(True), "batchnorm": automatic(False)}
         if value == "auto":
             return None
         if value in simple:
-            return simple[value]()
+            return simple[value]
         if kind == "percentile":
             try:
                 return Percentile(float(option)) if option else Percentile()
@@ -154,8 +150,8 @@ def evaluation_batch(preprocessing: Preprocessing, timesteps: int) -> int:
 
 
 def training_batch(count: int) -> int:
-    """Return a batch size that gives a small data set about 100 steps an epoch: 16 to 128."""
-    return max(16, min(128, count // 100))
+    """Return a batch size that gives a small data set about 100 steps an epoch: 32 to 128."""
+    return max(32, min(128, count // 100))
 
 
 def _batches(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..calibrate import BatchNormStatistics, MinError, Policy, calibrate
+from ..calibrate import Policy, automatic, calibrate
 from ..errors import ArgumentError
 from ..records import Calibration, Keep, Prepared, Report
 from ..spiking import LMH
@@ -76,7 +76,7 @@ def convert(
         data: images to find thresholds on, as batches [N, *F] (or tuples that begin with one) or one tensor;
             normalised as the ANN expects. Labels are not read.
         calibration: a policy, or the :class:`Calibration` of an earlier conversion. Unless given:
-            ``MinError()`` with data, ``BatchNormStatistics()`` without.
+            :func:`lmh.calibrate.automatic`, which is MinError with data and BatchNormStatistics without.
         example_input: one batch [N, *F] that shows the input's shape; not needed with data.
         rules: from activation type to what becomes of it, for types of your own.
         neuron: preset, granularity and ranges; ``LMH()``, which is IF, unless given.
@@ -105,7 +105,7 @@ def convert(
     if not isinstance(calibration, Calibration):
         policy = calibration
         if policy is None:
-            policy = BatchNormStatistics() if data is None else MinError()
+            policy = automatic(data is not None)
             if data is None:
                 notices.append(
                     "No data was given, so thresholds came from BatchNorm statistics; data gives better ones."

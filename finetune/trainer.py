@@ -45,7 +45,7 @@ class Schedule:
     """
 
     epochs: int
-    lr: float = 0.03
+    lr: float = 0.02
     neuron_lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4

@@ -99,9 +99,19 @@ class TestPolicies:
         assert thetas == sorted(thetas)
         assert thetas[0] < 0.6 * thetas[-1]
 
+    def test_fewer_levels_give_the_threshold_of_a_smaller_t(self) -> None:
+        histogram = histogram_of(torch.randn(20000, 1))
+        for policy in (MinError, BatchNormStatistics):
+            assert torch.equal(policy(0.6).threshold(histogram, 16), policy().threshold(histogram, 10))
+
+    @pytest.mark.parametrize("levels", [0.0, -1.0, float("nan"), float("inf")])
+    def test_levels_out_of_range_are_refused(self, levels: float) -> None:
+        with pytest.raises(ArgumentError, match="finite number above 0"):
+            MinError(levels)
+
     def test_policies_name_themselves(self) -> None:
-        assert policy_text(Percentile(99.5, PerLayer())) == "Percentile(99.5, per layer)"
-        assert policy_text(MinError()) == "MinError(per channel)"
+        assert policy_text(Percentile(99.5, PerLayer())) == "Percentile(percent=99.5, per layer)"
+        assert policy_text(MinError()) == "MinError(levels_per_step=1, per channel)"
 
 
 @pytest.mark.parametrize("policy", [Max(), Percentile(99.0), MinError(), BatchNormStatistics()])
@@ -129,7 +139,7 @@ class TestDeadChannels:
         net = nets.two_layers()
         net[0].weight.data.zero_()
         net[0].bias.data.fill_(-1)
-        for policy in (Max(), MinError(PerLayer())):
+        for policy in (Max(), MinError(granularity=PerLayer())):
             assert bool((calibrate(prepare(net, (4,)), policy, 4, torch.rand(8, 4)).v_threshold["1"] == 1).all())
 
 

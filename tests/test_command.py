@@ -201,11 +201,11 @@ def test_another_seed_takes_other_samples(tuned: Job) -> None:
     ("name", "shown"),
     [
         ("max", "Max(per channel), 64 samples"),
-        ("percentile", "Percentile(99.9, per channel), 64 samples"),
-        ("percentile:99", "Percentile(99.0, per channel), 64 samples"),
-        ("minerror", "MinError(per channel), 64 samples"),
-        ("auto", "MinError(per channel), 64 samples"),
-        ("batchnorm", "BatchNormStatistics(per channel), 0 samples"),
+        ("percentile", "Percentile(percent=99.9, per channel), 64 samples"),
+        ("percentile:99", "Percentile(percent=99, per channel), 64 samples"),
+        ("minerror", "MinError(levels_per_step=0.6, per channel), 64 samples"),
+        ("auto", "MinError(levels_per_step=0.6, per channel), 64 samples"),
+        ("batchnorm", "BatchNormStatistics(levels_per_step=0.6, per channel), 0 samples"),
     ],
 )
 def test_every_calibration_policy_works_by_name(name: str, shown: str) -> None:
@@ -248,7 +248,11 @@ def test_the_manifest_says_how_the_file_came_about(tuned: Job) -> None:
     assert manifest["source"]["architecture"] == "digits-cnn"
     assert manifest["metrics"] == {key: result[key] for key in (*FIGURES, "training_free")}
     assert (manifest["seed"], manifest["epochs"], manifest["data"]) == (0, 2, "digits")
-    assert manifest["calibration"] == {"policy": "MinError(per channel)", "timesteps": STEPS, "samples": 64}
+    assert manifest["calibration"] == {
+        "policy": "MinError(levels_per_step=0.6, per channel)",
+        "timesteps": STEPS,
+        "samples": 64,
+    }
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["sites"] == SITES
 

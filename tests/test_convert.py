@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import nets
 from lmh import LIF, LMH, QCFS, PerChannel, PerLayer, PerStep, evaluate, sites, zoo
-from lmh.calibrate import BatchNormStatistics, Max, MinError, calibrate
+from lmh.calibrate import BatchNormStatistics, Max, automatic, calibrate
 from lmh.convert import as_neuron, assemble, convert, keep, prepare
 from lmh.errors import ArgumentError, AuditError, CalibrationError
 from lmh.records import Calibration
@@ -280,7 +280,7 @@ def test_a_calibration_of_another_network_is_refused() -> None:
 def test_prepare_calibrate_and_assemble_are_what_convert_does() -> None:
     ann, x = nets.conv_net(), torch.rand(16, 2, 8, 8)
     whole = convert(ann, 4, data=x)
-    parts = assemble(prepare(ann, (2, 8, 8)), calibrate(prepare(ann, (2, 8, 8)), MinError(), 4, x), whole.recipe)
+    parts = assemble(prepare(ann, (2, 8, 8)), calibrate(prepare(ann, (2, 8, 8)), automatic(True), 4, x), whole.recipe)
     assert torch.equal(whole.snn(x), parts.snn(x))
 
 
