@@ -15,7 +15,7 @@ from ..spiking import PerChannel, PerLayer
 from .histogram import Histogram
 
 GRID = 128
-TIMED_LEVELS = 0.6
+TIMED_LEVELS = {"levels_per_step": 0.5, "base_levels": 2.0}
 
 
 class Policy(Protocol):
@@ -93,20 +93,22 @@ class MinError:
     fewer than T levels then gives smaller thresholds that do better (ours; docs/design.md has figures).
 
     Attributes:
-        levels_per_step: L = ⌈levels_per_step · T⌉.
+        levels_per_step: L = ⌈base_levels + levels_per_step · T⌉, at most T.
+        base_levels: likewise.
         granularity: one θ for each channel, or for the layer.
     """
 
     levels_per_step: float = 1.0
+    base_levels: float = 0.0
     granularity: PerLayer | PerChannel = field(default_factory=PerChannel)
     needs_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_levels(self.levels_per_step)
+        _levels(self, 1)
 
     def threshold(self, histogram: Histogram, timesteps: int) -> Tensor:
         """Return the best θ of a grid of 128 steps up to the maximum."""
-        return least_error(histogram, math.ceil(self.levels_per_step * timesteps))
+        return least_error(histogram, _levels(self, timesteps))
 
 
 @dataclass(frozen=True)
@@ -118,23 +120,29 @@ class BatchNormStatistics:
 
     Attributes:
         levels_per_step: as :class:`MinError`.
+        base_levels: as :class:`MinError`.
         granularity: one θ for each channel, or for the layer.
     """
 
     levels_per_step: float = 1.0
+    base_levels: float = 0.0
     granularity: PerLayer | PerChannel = field(default_factory=PerChannel)
     needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_levels(self.levels_per_step)
+        _levels(self, 1)
 
     def threshold(self, histogram: Histogram, timesteps: int) -> Tensor:
         """Return the best θ of a grid over the predicted distribution."""
-        return least_error(histogram, math.ceil(self.levels_per_step * timesteps))
+        return least_error(histogram, _levels(self, timesteps))
 
 
-def _check_levels(levels_per_step: float) -> None:
-    if not (levels_per_step > 0 and math.isfinite(levels_per_step)):
+def _levels(policy: MinError | BatchNormStatistics, timesteps: int) -> int:
+    """Return L for T, from 1 to T."""
+    slope, base = policy.levels_per_step, policy.base_levels
+    if not (0 < slope < math.inf and 0 <= base < math.inf):
         raise ArgumentError(
-            f"levels_per_step is {levels_per_step}; expected a finite number above 0, such as 1 or 0.6."
+            f"levels_per_step is {slope} and base_levels {base}; expected finite numbers, the first above 0, "
+            "the second at least 0, such as 1 and 0."
         )
+    return min(timesteps, math.ceil(base + slope * timesteps))

@@ -102,16 +102,16 @@ class TestPolicies:
     def test_fewer_levels_give_the_threshold_of_a_smaller_t(self) -> None:
         histogram = histogram_of(torch.randn(20000, 1))
         for policy in (MinError, BatchNormStatistics):
-            assert torch.equal(policy(0.6).threshold(histogram, 16), policy().threshold(histogram, 10))
+            assert torch.equal(policy(0.5, 2.0).threshold(histogram, 16), policy().threshold(histogram, 10))
 
     @pytest.mark.parametrize("levels", [0.0, -1.0, float("nan"), float("inf")])
     def test_levels_out_of_range_are_refused(self, levels: float) -> None:
-        with pytest.raises(ArgumentError, match="finite number above 0"):
+        with pytest.raises(ArgumentError, match="finite numbers"):
             MinError(levels)
 
     def test_policies_name_themselves(self) -> None:
         assert policy_text(Percentile(99.5, PerLayer())) == "Percentile(percent=99.5, per layer)"
-        assert policy_text(MinError()) == "MinError(levels_per_step=1, per channel)"
+        assert policy_text(MinError()) == "MinError(levels_per_step=1, base_levels=0, per channel)"
 
 
 @pytest.mark.parametrize("policy", [Max(), Percentile(99.0), MinError(), BatchNormStatistics()])
@@ -152,7 +152,7 @@ def test_values_that_are_not_finite_name_the_site(bad: float) -> None:
 
 
 def test_a_policy_that_needs_data_says_so() -> None:
-    with pytest.raises(CalibrationError, match=r"Percentile\(99.9, per channel\) needs data.*--data"):
+    with pytest.raises(CalibrationError, match=r"Percentile\(percent=99.9, per channel\) needs data.*--data"):
         calibrate(prepare(nets.two_layers(), (4,)), Percentile(), 4)
 
 

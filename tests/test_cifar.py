@@ -62,5 +62,5 @@ def test_batchnorm_statistics_beat_chance_without_data(
     data_folder: Path, cifar: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = converted(data_folder, cifar, capsys, "--timesteps", "16", "--calibration", "batchnorm")
-    assert result["calibration"] == "BatchNormStatistics(levels_per_step=0.6, per channel), 0 samples"
+    assert result["calibration"] == "BatchNormStatistics(levels_per_step=0.5, base_levels=2, per channel), 0 samples"
     assert result["snn_accuracy"][-1] > 0.5  # type: ignore[index]

@@ -203,9 +203,9 @@ def test_another_seed_takes_other_samples(tuned: Job) -> None:
         ("max", "Max(per channel), 64 samples"),
         ("percentile", "Percentile(percent=99.9, per channel), 64 samples"),
         ("percentile:99", "Percentile(percent=99, per channel), 64 samples"),
-        ("minerror", "MinError(levels_per_step=0.6, per channel), 64 samples"),
-        ("auto", "MinError(levels_per_step=0.6, per channel), 64 samples"),
-        ("batchnorm", "BatchNormStatistics(levels_per_step=0.6, per channel), 0 samples"),
+        ("minerror", "MinError(levels_per_step=0.5, base_levels=2, per channel), 64 samples"),
+        ("auto", "MinError(levels_per_step=0.5, base_levels=2, per channel), 64 samples"),
+        ("batchnorm", "BatchNormStatistics(levels_per_step=0.5, base_levels=2, per channel), 0 samples"),
     ],
 )
 def test_every_calibration_policy_works_by_name(name: str, shown: str) -> None:
@@ -249,7 +249,7 @@ def test_the_manifest_says_how_the_file_came_about(tuned: Job) -> None:
     assert manifest["metrics"] == {key: result[key] for key in (*FIGURES, "training_free")}
     assert (manifest["seed"], manifest["epochs"], manifest["data"]) == (0, 2, "digits")
     assert manifest["calibration"] == {
-        "policy": "MinError(levels_per_step=0.6, per channel)",
+        "policy": "MinError(levels_per_step=0.5, base_levels=2, per channel)",
         "timesteps": STEPS,
         "samples": 64,
     }
