@@ -12,7 +12,7 @@ from ..errors import CalibrationError
 from ..records import Calibration, Prepared, Spike, plain_value
 from ..spiking import PerLayer
 from .histogram import Histogram, observe
-from .policies import TIMED_LEVELS, BatchNormStatistics, Max, MinError, Percentile, Policy
+from .policies import BatchNormStatistics, Max, MinError, Percentile, Policy
 from .statistics import predicted_histograms
 
 __all__ = ["BatchNormStatistics", "Max", "MinError", "Percentile", "Policy", "automatic", "calibrate", "policy_text"]
@@ -51,7 +51,8 @@ def automatic(has_data: bool) -> Policy:
 
     Both count T/2 + 2 levels instead of T, which does better through many layers.
     """
-    return MinError(**TIMED_LEVELS) if has_data else BatchNormStatistics(**TIMED_LEVELS)
+    kind = MinError if has_data else BatchNormStatistics
+    return kind(levels_per_step=0.5, base_levels=2.0)
 
 
 def policy_text(policy: Policy) -> str:

@@ -15,7 +15,6 @@ from ..spiking import PerChannel, PerLayer
 from .histogram import Histogram
 
 GRID = 128
-TIMED_LEVELS = {"levels_per_step": 0.5, "base_levels": 2.0}
 
 
 class Policy(Protocol):

@@ -22,7 +22,7 @@ def make_functional(model: fx.GraphModule) -> list[str]:
         if not is_in_place(node) or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         target = node.args[0]
-        stale = [alias for alias in _aliases(target) if _read_after(alias, order[node], order)]
+        stale = [alias for alias in _aliases(target) - {node} if _read_after(alias, order[node], order)]
         if stale:
             problems.append(
                 f"{label(node)}: overwrites a view of {label(stale[0])}, which is read again later; expected no "

@@ -100,6 +100,13 @@ def test_site_paths_are_stable_dotted_paths(digits_ann: nn.Module) -> None:
     assert list(sites(snn)) == ["stem.2", "block.relu1", "block.relu2", "down.2"]
 
 
+def test_an_in_place_dropout_is_no_obstacle() -> None:
+    ann = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5, inplace=True), nn.Linear(8, 2)).eval()
+    x = torch.rand(8, 4)
+    snn = convert(ann, 64, data=x, calibration=Max()).snn
+    assert torch.allclose(snn(x), ann(x), atol=0.05)
+
+
 class Gelus(nn.Module):
     def __init__(self) -> None:
         super().__init__()
