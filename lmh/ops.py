@@ -109,6 +109,12 @@ METHOD_KINDS: dict[str, Kind] = {
 QUOTIENTS: set[Any] = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
 PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"} | QUOTIENTS
 
+MAYBE_SIZES: set[Any] = {
+    operator.getitem, operator.add, operator.iadd, operator.sub, operator.isub, operator.neg, operator.mul,
+    operator.imul, operator.truediv, operator.itruediv, operator.floordiv, operator.mod, operator.pow, operator.eq,
+    operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+}  # fmt: skip
+
 CLAMPS: set[Any] = {
     torch.clamp,
     torch.clamp_,
@@ -155,8 +161,18 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def is_tensor(value: object) -> bool:
-    """Whether ``value`` is a node that carries a tensor (or a tuple of tensors), not a size or a number."""
-    return isinstance(value, fx.Node) and kind_of(value) is not Kind.SIZE
+    """Whether ``value`` is a node that carries a tensor (or a tuple of tensors), not a size or a number.
+
+    Arithmetic and indexing carry one if any of their inputs does; the search follows one path only, so that
+    long graphs of sums and slices stay cheap.
+    """
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_method":
+        return METHOD_KINDS.get(str(value.target)) is not Kind.SIZE
+    if value.op != "call_function" or value.target not in MAYBE_SIZES:
+        return value.target is not getattr
+    return any(is_tensor(source) for source in value.all_input_nodes)
 
 
 def kind_of(node: fx.Node) -> Kind:
@@ -184,15 +200,11 @@ def kind_of(node: fx.Node) -> Kind:
         return _product_kind(node)
     if target is getattr:
         return Kind.SIZE if node.args[1] in ("shape", "ndim", "device", "dtype") else Kind.UNKNOWN
-    tensors = [arg for arg in node.all_input_nodes if is_tensor(arg)]
+    if target in MAYBE_SIZES and not is_tensor(node):
+        return Kind.SIZE
     if target is operator.getitem:
-        return Kind.SHAPE if tensors else Kind.SIZE
-    kind = (FUNCTION_KINDS if node.op == "call_function" else METHOD_KINDS).get(target, Kind.UNKNOWN)
-    if kind is Kind.AFFINE and not tensors:
-        return Kind.SIZE
-    if kind is Kind.UNKNOWN and not tensors and getattr(target, "__module__", "") == "_operator":
-        return Kind.SIZE
-    return kind
+        return Kind.SHAPE
+    return (FUNCTION_KINDS if node.op == "call_function" else METHOD_KINDS).get(target, Kind.UNKNOWN)
 
 
 def _product_kind(node: fx.Node) -> Kind:
