@@ -74,13 +74,14 @@ def _histograms(
 ) -> tuple[dict[str, Histogram], int]:
     if not wanted:
         return {}, 0
+    bounds = {path: decision.upper for path in wanted if isinstance(decision := prepared.activations[path], Spike)}
     if policy.needs_data:
         if data is None:
             raise CalibrationError(
                 f"{policy_text(policy)} needs data and none was given. Pass data= (on the command line --data), or "
                 "use BatchNormStatistics() (--calibration batchnorm) if the network has BatchNorm."
             )
-        return observe(prepared.model, wanted, data.split(128) if isinstance(data, Tensor) else data)
+        return observe(prepared.model, bounds, data.split(128) if isinstance(data, Tensor) else data)
     histograms, unknown = predicted_histograms(prepared)
     missing = [path for path in unknown if path in wanted]
     if missing:

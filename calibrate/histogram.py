@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,11 +35,12 @@ class Histogram:
         zeros = torch.zeros(channels, device=device)
         return cls(torch.zeros(channels, BINS, device=device, dtype=torch.float64), zeros, 0.0, zeros.clone())
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, upper: float = math.inf) -> None:
         """Count a batch.
 
         Args:
             x: pre-activations [N, C, *F].
+            upper: larger values count as this one.
 
         Raises:
             CalibrationError: for NaN or infinite values.
@@ -48,6 +50,8 @@ class Histogram:
         top = values.amax(1)
         if not (torch.isfinite(top).all() and torch.isfinite(values.amin())):
             raise CalibrationError("the activation has NaN or infinite values; expected finite ones. Check the data.")
+        if upper < math.inf:
+            values, top = values.clamp_max(upper), top.clamp_max(upper)
         self._grow(top.clamp_min(0))
         self.total += values.shape[1]
         scale = torch.where(self.width > 0, 1 / self.width.clamp_min(1e-38), torch.zeros_like(self.width))
@@ -82,12 +86,12 @@ class Histogram:
         return result
 
 
-def observe(model: nn.Module, paths: Sequence[str], batches: Iterable[Any]) -> tuple[dict[str, Histogram], int]:
+def observe(model: nn.Module, bounds: Mapping[str, float], batches: Iterable[Any]) -> tuple[dict[str, Histogram], int]:
     """Run ``model`` over the data and count what each activation receives.
 
     Args:
         model: a prepared network.
-        paths: its activations to watch.
+        bounds: its activations to watch, and the largest value that each gives.
         batches: tensors [N, *F], or tuples whose first entry is one.
 
     Returns:
@@ -102,14 +106,14 @@ def observe(model: nn.Module, paths: Sequence[str], batches: Iterable[Any]) -> t
         if path not in histograms:
             histograms[path] = Histogram.empty(x.shape[1], x.device)
         try:
-            histograms[path].add(x)
+            histograms[path].add(x, bounds[path])
         except CalibrationError as error:
             raise CalibrationError(f"{path}: {error}") from None
 
     samples = 0
     parameter = next(model.parameters(), torch.empty(()))
     with ExitStack() as stack, torch.no_grad():
-        for path in paths:
+        for path in bounds:
             handle = model.get_submodule(path).register_forward_pre_hook(
                 lambda _module, args, path=path: watch(path, args[0])
             )

@@ -25,7 +25,7 @@ from ..ops import (
     kind_of,
     module_of,
 )
-from ..records import Prepared
+from ..records import Prepared, Spike
 from ..shapes import node_values
 from .histogram import BINS, Histogram
 
@@ -50,20 +50,28 @@ def predicted_histograms(prepared: Prepared) -> tuple[dict[str, Histogram], list
             if before is None:
                 unknown.append(str(node.target))
             else:
-                known[str(node.target)] = normal_histogram(before)
+                decision = prepared.activations[str(node.target)]
+                known[str(node.target)] = normal_histogram(
+                    before, decision.upper if isinstance(decision, Spike) else math.inf
+                )
     return known, unknown
 
 
-def normal_histogram(moments: Moments) -> Histogram:
-    """Return the positive part of a normal distribution as a histogram that reaches mean + 4 deviations."""
+def normal_histogram(moments: Moments, upper: float = math.inf) -> Histogram:
+    """Return the positive part of a normal distribution as a histogram that reaches mean + 4 deviations.
+
+    What lies above ``upper``, which the activation cuts off, counts in the last bin.
+    """
     mean, deviation = moments.mean.double(), moments.variance.double().clamp_min(1e-12).sqrt()
-    maximum = (mean + 4 * deviation).clamp_min(0)
+    maximum = (mean + 4 * deviation).clamp(0, upper)
     result = Histogram.empty(len(mean), mean.device)
     result.width = (maximum / BINS).float()
     result.maximum = maximum.float()
     result.total = 1.0
     edges = torch.arange(BINS + 1, device=mean.device) * (maximum / BINS)[:, None]
-    result.counts = torch.special.ndtr((edges - mean[:, None]) / deviation[:, None]).diff(dim=1)
+    mass = torch.special.ndtr((edges - mean[:, None]) / deviation[:, None])
+    result.counts = mass.diff(dim=1)
+    result.counts[:, -1] += torch.where(maximum > 0, 1 - mass[:, -1], 0.0)
     return result
 
 

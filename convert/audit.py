@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..errors import ArgumentError
-from ..ops import Kind, activation_module, argument, kind_of, label, module_of
+from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of, label, module_of
 from ..records import Keep, NodeFate, Spike
 from ..shapes import BATCHES, batch_use, leading, node_values
 from .rules import Rules
@@ -80,6 +80,10 @@ def _decide(node: fx.Node, rules: Rules) -> Spike | Keep | None:
     """
     kind = kind_of(node)
     module = module_of(node)
+    if node.target in DROPOUT_FUNCTIONS and argument(node, 2, "training", True) is not False:
+        raise ArgumentError(
+            f"{label(node)}: a dropout that is active in eval mode too; expected training=self.training. Pass it."
+        )
     ruled = module is not None and type(module) in rules
     if kind is Kind.READOUT and not ruled and all(kind_of(user) in _AFTER_READOUT for user in node.users):
         return None
@@ -87,7 +91,10 @@ def _decide(node: fx.Node, rules: Rules) -> Spike | Keep | None:
         return None
     activation = activation_module(node) if kind is Kind.ACTIVATION else module
     if activation is not None and type(activation) in rules:
-        return rules[type(activation)](activation)
+        try:
+            return rules[type(activation)](activation)
+        except ArgumentError as error:
+            raise ArgumentError(f"{label(node)}: {error}") from error
     raise ArgumentError(_refusal(node, kind, activation, rules))
 
 

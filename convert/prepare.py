@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import AuditError
-from ..ops import Kind, activation_module, kind_of, owner_path
+from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of, owner_path
 from ..records import Prepared, Spike
 from ..shapes import node_values
 from .audit import Decisions, audit, is_channel_concat, pool_sources
@@ -42,11 +42,13 @@ def prepare(ann: nn.Module, sample_shape: Sequence[int], *, rules: Rules | None 
     if problems or found:
         raise AuditError([*problems, *found])
     by_path = _activations_to_modules(model, decisions)
+    _dropout_to_modules(model)
     by_path = _move_maxpools(model, by_path)
     model.graph.eliminate_dead_code()
     model.graph.lint()
     model.recompile()
     model.delete_all_unused_submodules()
+    model.eval()
     _check_equal(ann, model, sample_shape)
     ordered = {str(node.target): by_path[str(node.target)] for node in model.graph.nodes if node.target in by_path}
     values = node_values(model, (2, *sample_shape))
@@ -94,6 +96,20 @@ def _activations_to_modules(model: fx.GraphModule, decisions: Decisions) -> dict
         model.graph.erase_node(node)
         by_path[path] = decision
     return by_path
+
+
+def _dropout_to_modules(model: fx.GraphModule) -> None:
+    """Give functional dropout a module, so that it wakes up again in train mode; tracing saw it in eval mode."""
+    for node in list(model.graph.nodes):
+        if node.op != "call_function" or node.target not in DROPOUT_FUNCTIONS:
+            continue
+        path = unique_path(model, ".".join(filter(None, [owner_path(node), "dropout"])))
+        model.add_submodule(path, DROPOUT_FUNCTIONS[node.target](argument(node, 1, "p", 0.5)))
+        with model.graph.inserting_before(node):
+            call = model.graph.call_module(path, (argument(node, 0, "input"),))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        model.graph.erase_node(node)
 
 
 def _move_maxpools(model: fx.GraphModule, by_path: Mapping[str, Any]) -> dict[str, Any]:

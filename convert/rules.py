@@ -36,7 +36,25 @@ def from_qcfs(module: nn.Module) -> Spike:
     return Spike(v_threshold=module.v_threshold.detach().clone())
 
 
-DEFAULT_RULES: Rules = MappingProxyType({nn.ReLU: as_neuron, QCFS: from_qcfs})
+def from_relu6(module: nn.Module) -> Spike:
+    """ReLU6 becomes neurons with θ ≤ 6, whose mean output cannot exceed 6 either."""
+    return Spike(upper=6.0)
+
+
+def from_hardtanh(module: nn.Module) -> Spike:
+    """Hardtanh from 0 to b, which is what a neuron with θ ≤ b does."""
+    if not isinstance(module, nn.Hardtanh) or module.min_val != 0:
+        raise ArgumentError(
+            f"Hardtanh from {getattr(module, 'min_val', None)} gives negative values, which spikes cannot; expected "
+            "min_val = 0. Pass rules={nn.Hardtanh: as_neuron} to drop them and fine-tune, or {nn.Hardtanh: keep} to leave "
+            "it analog."
+        )
+    return Spike(upper=float(module.max_val))
+
+
+DEFAULT_RULES: Rules = MappingProxyType(
+    {nn.ReLU: as_neuron, QCFS: from_qcfs, nn.ReLU6: from_relu6, nn.Hardtanh: from_hardtanh}
+)
 
 
 def merged(rules: Rules | None) -> Rules:

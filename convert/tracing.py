@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import ArgumentError, AuditError
-from ..ops import MODULE_KINDS
+from ..ops import Kind, module_kind
 from .rules import Rules
 
 
@@ -18,10 +18,11 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, rules: Rules) -> None:
         super().__init__()
-        self._leaves = {*MODULE_KINDS, *rules}
+        self._rules = rules
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
+        known = type(m) in self._rules or module_kind(type(m)) is not Kind.UNKNOWN
+        return known or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(ann: nn.Module, rules: Rules) -> fx.GraphModule:

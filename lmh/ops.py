@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import sys
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -109,6 +110,12 @@ METHOD_KINDS: dict[str, Kind] = {
 QUOTIENTS: set[Any] = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
 PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"} | QUOTIENTS
 
+DROPOUT_FUNCTIONS: dict[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+}
+
 MAYBE_SIZES: set[Any] = {
     operator.getitem, operator.add, operator.iadd, operator.sub, operator.isub, operator.neg, operator.mul,
     operator.imul, operator.truediv, operator.itruediv, operator.floordiv, operator.mod, operator.pow, operator.eq,
@@ -175,6 +182,16 @@ def is_tensor(value: object) -> bool:
     return any(is_tensor(source) for source in value.all_input_nodes)
 
 
+def module_kind(kind: type[nn.Module]) -> Kind:
+    """Return what a module type does; torchvision's few own layers count where torchvision is imported."""
+    ops = sys.modules.get("torchvision.ops")
+    if ops is not None and kind in (ops.StochasticDepth, ops.Permute):
+        return Kind.SHAPE
+    if ops is not None and kind is ops.FrozenBatchNorm2d:
+        return Kind.AFFINE
+    return MODULE_KINDS.get(kind, Kind.UNKNOWN)
+
+
 def kind_of(node: fx.Node) -> Kind:
     """Return what ``node`` does.
 
@@ -189,7 +206,7 @@ def kind_of(node: fx.Node) -> Kind:
         case "get_attr":
             return Kind.PARAMETER
         case "call_module":
-            return MODULE_KINDS.get(type(module_of(node)), Kind.UNKNOWN)  # type: ignore[arg-type]
+            return module_kind(type(module_of(node)))  # type: ignore[arg-type]
     target: Any = node.target
     if target in CLAMPS:
         low, high = argument(node, 1, "min"), argument(node, 2, "max")

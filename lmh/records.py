@@ -5,6 +5,7 @@ PREPARE → Prepared → calibrate → Calibration → SPIKE → Conversion → 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -19,9 +20,11 @@ class Spike:
 
     Attributes:
         v_threshold: θ where the activation knows it (QCFS), shape [] or [C]; None lets calibration find it.
+        upper: the largest value that the activation gives (ReLU6: 6); θ stays at or below it.
     """
 
     v_threshold: Tensor | None = None
+    upper: float = math.inf
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,37 @@ def test_an_in_place_dropout_is_no_obstacle() -> None:
     assert torch.allclose(snn(x), ann(x), atol=0.05)
 
 
+def test_functional_dropout_wakes_up_in_train_mode() -> None:
+    class Functional(nn.Module):
+        def __init__(self, aware: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.aware = nn.Linear(4, 64), nn.Linear(64, 2), aware
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.a(x))
+            x = F.dropout(x, 0.5, training=self.training) if self.aware else F.dropout(x)
+            return self.b(x)
+
+    x = torch.rand(8, 4)
+    snn = convert(Functional(True), 4, data=x).snn
+    assert torch.equal(snn(x), snn(x))
+    assert not torch.equal(snn.train()(x), snn(x))
+    with pytest.raises(AuditError, match=r"training=self\.training"):
+        convert(Functional(False), 4, data=x)
+
+
+def test_relu6_keeps_its_ceiling() -> None:
+    ann = nn.Sequential(nn.Linear(4, 8), nn.ReLU6(), nn.Linear(8, 8), nn.Hardtanh(0, 2), nn.Linear(8, 2)).eval()
+    nn.init.constant_(ann[0].bias, 5.5)
+    x = torch.rand(64, 4) * 4
+    snn = convert(ann, 128, data=x, calibration=Max()).snn
+    assert float(sites(snn)["1"].v_threshold.detach().max()) <= 6.0
+    assert float(sites(snn)["3"].v_threshold.detach().max()) <= 2.0
+    assert float((snn(x) - ann(x)).detach().abs().max()) < 0.1
+    with pytest.raises(AuditError, match=r"^1 place.*\n.*1: Hardtanh from -1"):
+        convert(nn.Sequential(nn.Linear(4, 8), nn.Hardtanh()), 4, data=x)
+
+
 class Gelus(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +154,7 @@ def test_the_audit_lists_every_problem_at_once() -> None:
         prepare(Gelus(), (4,))
     text = str(caught.value)
     assert len(caught.value.problems) == 4
-    assert "act: no rule for torch.nn.GELU (supported: ReLU, QCFS)" in text
+    assert "act: no rule for torch.nn.GELU (supported: ReLU, QCFS, ReLU6, Hardtanh)" in text
     assert "SiLU" in text
     assert "product of two signals" in text
     assert "cumsum" in text
