@@ -49,7 +49,7 @@ def main(
         accuracy[policy_text(policy)] = {}
         for t in steps:
             amounts = Amounts(calibration_samples, None, test_samples, seed)
-            inputs, _ = open_inputs(found, data, t, amounts, input_size=None, mean=None, std=None)
+            inputs = open_inputs(found, data, t, amounts, input_size=None, mean=None, std=None)
             assert inputs.test is not None
             started = time.perf_counter()
             snn = convert(found.model, t, data=inputs.calibration, calibration=policy).snn

@@ -41,7 +41,9 @@ def calibrate(
     thresholds = {}
     for path in prepared.spiking:
         own = _own_threshold(prepared, path)
-        thresholds[path] = own if own is not None else _threshold(histograms[path], policy, timesteps)
+        thresholds[path] = (
+            own if own is not None else _threshold(histograms[path], policy, timesteps, prepared.channels[path])
+        )
     v_init = {path: torch.full_like(theta, 0.5) for path, theta in thresholds.items()}
     return Calibration(policy_text(policy), timesteps, samples, thresholds, v_init)
 
@@ -93,8 +95,8 @@ def _histograms(
     return histograms, 0
 
 
-def _threshold(histogram: Histogram, policy: Policy, timesteps: int) -> Tensor:
-    if isinstance(policy.granularity, PerLayer):
+def _threshold(histogram: Histogram, policy: Policy, timesteps: int, channels: int | None) -> Tensor:
+    if channels is None or isinstance(policy.granularity, PerLayer):
         theta = policy.threshold(histogram.merged(), timesteps)[0]
         return theta if theta > 0 else torch.ones_like(theta)
     theta = policy.threshold(histogram, timesteps)

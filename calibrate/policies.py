@@ -14,7 +14,7 @@ from ..qcfs import quantize
 from ..spiking import PerChannel, PerLayer
 from .histogram import Histogram
 
-GRID = 128
+COARSE, FINE = 32, 8
 
 
 class Policy(Protocol):
@@ -70,16 +70,27 @@ class Percentile:
 
 
 def least_error(histogram: Histogram, levels: int) -> Tensor:
-    """Return the θ of a grid in (0, maximum] with the least Σ (x − q(x))², q with L ``levels``, [C]."""
-    centers, counts = histogram.centers().double(), histogram.counts
-    best = histogram.maximum.double()
+    """Return the θ in (0, maximum] with the least Σ (x − q(x))², q with L = ``levels``, [C].
+
+    A coarse grid finds the region of the minimum for each channel and a fine one the minimum.
+    """
+    top = histogram.maximum
+    best = _best_of(histogram, levels, [top * step / COARSE for step in range(1, COARSE + 1)])
+    fine = top / (COARSE * FINE)
+    around = [(best + fine * step).clamp(min=fine, max=top) for step in range(1 - FINE, FINE)]
+    return _best_of(histogram, levels, around)
+
+
+def _best_of(histogram: Histogram, levels: int, candidates: list[Tensor]) -> Tensor:
+    centers, counts = histogram.centers(), histogram.counts.float()
+    best = candidates[0]
     least = torch.full_like(best, torch.inf)
-    for step in range(1, GRID + 1):
-        theta = histogram.maximum.double() * step / GRID
-        error = ((centers - quantize(centers, theta.clamp_min(1e-30)[:, None], levels)) ** 2 * counts).sum(1)
+    for theta in candidates:
+        difference = centers - quantize(centers, theta.clamp_min(1e-30)[:, None], levels)
+        error = (difference.square_() * counts).sum(1)
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better, theta, best)
-    return best.to(histogram.maximum.dtype)
+    return torch.where(histogram.maximum > 0, best, 0.0)
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,7 @@ class MinError:
         _levels(self, 1)
 
     def threshold(self, histogram: Histogram, timesteps: int) -> Tensor:
-        """Return the best θ of a grid of 128 steps up to the maximum."""
+        """Return the best θ up to the maximum, to 1/256 of it."""
         return least_error(histogram, _levels(self, timesteps))
 
 
@@ -132,7 +143,7 @@ class BatchNormStatistics:
         _levels(self, 1)
 
     def threshold(self, histogram: Histogram, timesteps: int) -> Tensor:
-        """Return the best θ of a grid over the predicted distribution."""
+        """Return the best θ over the predicted distribution."""
         return least_error(histogram, _levels(self, timesteps))
 
 

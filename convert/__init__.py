@@ -3,7 +3,7 @@
 from .loading import Source, load_source
 from .pipeline import Conversion, Recipe, assemble, convert
 from .prepare import prepare
-from .rules import DEFAULT_RULES, as_neuron, from_qcfs, keep
+from .rules import DEFAULT_RULES, ReluSurgery, as_neuron, from_qcfs, keep
 from .spike import DirectCoding, EventFrames
 from .storage import load, save
 
@@ -13,6 +13,7 @@ __all__ = [
     "DirectCoding",
     "EventFrames",
     "Recipe",
+    "ReluSurgery",
     "Source",
     "as_neuron",
     "assemble",

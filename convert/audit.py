@@ -11,24 +11,24 @@ from ..errors import ArgumentError
 from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of, label, module_of
 from ..records import Keep, NodeFate, Spike
 from ..shapes import BATCHES, batch_use, leading, node_values
-from .rules import Rules
+from .rules import Plan, Rules
 
 Decisions = dict[fx.Node, Spike | Keep]
 _AFTER_READOUT = (Kind.READOUT, Kind.OUTPUT)
 
 
 def audit(
-    model: fx.GraphModule, rules: Rules, sample_shape: Sequence[int]
+    model: fx.GraphModule, plan: Plan, sample_shape: Sequence[int]
 ) -> tuple[Decisions, list[NodeFate], list[str]]:
     """Look at every node and change nothing.
 
     Args:
         model: a traced ANN without in-place nodes.
-        rules: from activation type to rule.
+        plan: rules, what to keep, and surgery.
         sample_shape: shape of one input sample.
 
     Returns:
-        What the rules say for each activation node, the fate of every node, and a line for each problem.
+        What the plan says for each activation node, the fate of every node, and a line for each problem.
     """
     decisions: Decisions = {}
     fates: list[NodeFate] = []
@@ -36,7 +36,7 @@ def audit(
     for node in model.graph.nodes:
         fate = "unchanged"
         try:
-            decision = _decide(node, rules)
+            decision = _decide(node, plan)
         except ArgumentError as error:
             problems.append(str(error))
             fate = "refused"
@@ -47,6 +47,10 @@ def audit(
         fates.append(NodeFate(label(node), describe(node), fate))
     problems += [problem for node in model.graph.nodes if (problem := _pool_problem(node, decisions))]
     problems += _structure_problems(model)
+    unknown = plan.keep - {fate.path for fate in fates}
+    problems += [
+        f"{path}: nothing in the network has this path; expected one that --dry-run lists." for path in sorted(unknown)
+    ]
     if not problems:
         problems += batch_problems(model, sample_shape)
     if not any(isinstance(decision, Spike) for decision in decisions.values()) and not problems:
@@ -72,7 +76,7 @@ def describe(node: fx.Node) -> str:
     return node.op
 
 
-def _decide(node: fx.Node, rules: Rules) -> Spike | Keep | None:
+def _decide(node: fx.Node, plan: Plan) -> Spike | Keep | None:
     """Apply the rules to one node; None for nodes that need none.
 
     Raises:
@@ -80,10 +84,13 @@ def _decide(node: fx.Node, rules: Rules) -> Spike | Keep | None:
     """
     kind = kind_of(node)
     module = module_of(node)
+    if label(node) in plan.keep:
+        return Keep()
     if node.target in DROPOUT_FUNCTIONS and argument(node, 2, "training", True) is not False:
         raise ArgumentError(
             f"{label(node)}: a dropout that is active in eval mode too; expected training=self.training. Pass it."
         )
+    rules = plan.rules
     ruled = module is not None and type(module) in rules
     if kind is Kind.READOUT and not ruled and all(kind_of(user) in _AFTER_READOUT for user in node.users):
         return None
@@ -94,7 +101,10 @@ def _decide(node: fx.Node, rules: Rules) -> Spike | Keep | None:
         try:
             return rules[type(activation)](activation)
         except ArgumentError as error:
-            raise ArgumentError(f"{label(node)}: {error}") from error
+            if plan.surgery is None:
+                raise ArgumentError(f"{label(node)}: {error}") from error
+    if plan.surgery is not None:
+        return Spike() if isinstance(activation, plan.surgery.stand_ins) else Keep()
     raise ArgumentError(_refusal(node, kind, activation, rules))
 
 
@@ -105,17 +115,18 @@ def _refusal(node: fx.Node, kind: Kind, activation: nn.Module | None, rules: Rul
         shown = f"torch.nn.{name}" if type(activation).__module__.startswith("torch.nn") else name
         return (
             f"{label(node)}: no rule for {shown} (supported: {supported}). "
-            f"Pass rules={{{shown.replace('torch.', '')}: as_neuron}} and fine-tune, or {{…: keep}} to leave it analog."
+            f"Pass rules={{{shown.replace('torch.', '')}: as_neuron}}, or --surgery relu, and fine-tune; or --keep "
+            f"{label(node)} to leave it analog."
         )
     if kind is Kind.READOUT:
         return (
             f"{label(node)}: {describe(node)} before the output (supported there: {supported}). "
-            "Gates need a module of their own with rules={MyGate: keep}."
+            f"Pass --keep {label(node)}, or --surgery relu, to leave it analog."
         )
     reason = "a product of two signals" if len(node.all_input_nodes) > 1 else "not an affine node"
     return (
-        f"{label(node)}: no rule for {describe(node)}, {reason}. Put it into a module of its own and pass "
-        "rules={MyModule: keep} to leave it analog, or rewrite it with convolutions, sums and pools."
+        f"{label(node)}: no rule for {describe(node)}, {reason}. Pass --keep {label(node)}, or --surgery relu, to "
+        "leave it analog (keep=, surgery=ReluSurgery() in Python), or rewrite it with convolutions, sums and pools."
     )
 
 

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from ..errors import ArgumentError, ArtifactError, DataError
 from ..evaluation import evaluate
 from ..records import Evaluation, plain_value
 from ..results import describe_network
-from ..terminal import Terminal, print_result
+from ..terminal import Terminal, print_fates, print_result
 from ..time_axis import MAX_TIMESTEPS
 from .cli_inputs import SEED, Amounts, Inputs, NumbersType, PolicyType, open_inputs
 from .loading import Source, load_source
 from .pipeline import Conversion, convert
+from .prepare import examine
+from .rules import ReluSurgery
 from .storage import save
 
 _POSITIVE = click.IntRange(min=1)
@@ -47,6 +49,8 @@ class Job:
     device: torch.device
     trust_pickle: bool
     output: Path
+    keep: tuple[str, ...]
+    surgery: ReluSurgery | None
 
 
 @click.command("lmh-convert", context_settings={"max_content_width": 100})
@@ -79,6 +83,13 @@ class Job:
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: SOURCE-snn-T4.safetensors here."
 )
+@click.option("--keep", multiple=True, metavar="PATH", help="Leave this node analog; may be given several times.")
+@click.option(
+    "--surgery",
+    type=click.Choice(["relu"]),
+    help="Let neurons stand in for SiLU, GELU and the like, and keep gates and normalisations analog.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would become of every node; convert nothing.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
 )
@@ -92,6 +103,8 @@ def convert_command(
     seed: int,
     output: Path | None,
     as_json: bool,
+    surgery: str | None,
+    dry_run: bool,
     **options: Any,
 ) -> None:
     """Convert SOURCE to a spiking network of LM-H neurons.
@@ -109,14 +122,17 @@ def convert_command(
         amounts=Amounts(calibration_samples, train_samples, test_samples, seed),
         device=_device(device),
         output=output or default_output(source, timesteps),
+        surgery=ReluSurgery() if surgery == "relu" else None,
         **options,
     )
     if job.epochs and job.data is None:
         raise click.UsageError("--finetune needs --data: training runs on its training split.")
     terminal = Terminal(results=not as_json)
-    result = run_job(job, terminal)
+    result = audit_job(job, terminal) if dry_run else run_job(job, terminal)
     if as_json:
         click.echo(json.dumps(result))
+    elif dry_run:
+        print_fates(terminal.out, result)
     else:
         print_result(terminal.out, result)
 
@@ -140,15 +156,7 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
     """Load, convert, measure, fine-tune, save. Return the result as plain values."""
     _check_output(job)
     torch.manual_seed(job.amounts.seed)
-    source = _load(job)
-    try:
-        inputs, assumed = open_inputs(
-            source, job.data, job.timesteps, job.amounts, input_size=job.input_size, mean=job.mean, std=job.std
-        )
-    except ArgumentError as error:
-        raise click.UsageError(str(error)) from error
-    for notice in (*source.notices, *assumed):
-        terminal.notice(notice)
+    source, inputs = _open(job, terminal)
     source.model.to(job.device)
     conversion = _convert(job, source, inputs, terminal)
     for notice in conversion.report.notices:
@@ -166,7 +174,7 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         evaluation=after or before,
         training_free=before if after else None,
         output=str(job.output),
-        notices=(*source.notices, *assumed, *conversion.report.notices),
+        notices=(*inputs.notices, *conversion.report.notices),
     )
     metrics = {
         key: result[key]
@@ -178,6 +186,29 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
          preprocessing=plain_value(inputs.preprocessing))  # fmt: skip
     _checkpoint(job).unlink(missing_ok=True)
     return result
+
+
+def audit_job(job: Job, terminal: Terminal) -> dict[str, Any]:
+    """Say what would become of every node, whether it can be converted or not."""
+    source, inputs = _open(job, terminal)
+    fates, problems = examine(source.model, inputs.preprocessing.input_size, keep=job.keep, surgery=job.surgery)
+    nodes = {fate: [node.path for node in fates if node.fate == fate] for fate in ("converted", "kept", "refused")}
+    return {"source": job.source, "fates": plain_value(fates), "nodes": nodes, "problems": problems}
+
+
+def _open(job: Job, terminal: Terminal) -> tuple[Source, Inputs]:
+    """Load the source, open its data and say what was assumed."""
+    source = _load(job)
+    try:
+        inputs = open_inputs(
+            source, job.data, job.timesteps, job.amounts, input_size=job.input_size, mean=job.mean, std=job.std
+        )
+    except ArgumentError as error:
+        raise click.UsageError(str(error)) from error
+    inputs = replace(inputs, notices=(*source.notices, *inputs.notices))
+    for notice in inputs.notices:
+        terminal.notice(notice)
+    return source, inputs
 
 
 def _checkpoint(job: Job) -> Path:
@@ -217,7 +248,15 @@ def _convert(job: Job, source: Source, inputs: Inputs, terminal: Terminal) -> Co
     if inputs.calibration is not None and (job.calibration is None or job.calibration.needs_data):
         data = terminal.track(inputs.calibration, "calibrating", inputs.calibration.count)
     example = torch.zeros((1, *size))
-    return convert(source.model, job.timesteps, data=data, calibration=job.calibration, example_input=example)
+    return convert(
+        source.model,
+        job.timesteps,
+        data=data,
+        calibration=job.calibration,
+        example_input=example,
+        keep=job.keep,
+        surgery=job.surgery,
+    )
 
 
 def _evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -75,6 +75,7 @@ class Inputs:
     val: Batches | None
     test: Batches | None
     order: str | None
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def open_inputs(
     input_size: tuple[int, ...] | None,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
-) -> tuple[Inputs, list[str]]:
-    """Open the data and say what was assumed.
+) -> Inputs:
+    """Open the data; the notices say what was assumed.
 
     Raises:
         DataError: if the data is missing or does not fit.
@@ -122,10 +123,10 @@ def open_inputs(
             )
     preprocessing = Preprocessing(_size(size), mean, std)
     if data is None:
-        return Inputs(preprocessing, None, None, None, None, None), notices
+        return Inputs(preprocessing, None, None, None, None, None, tuple(notices))
     augmentation = source.card.augmentation if source.card else CropFlip(padding=0, flip=False)
     inputs = _batches(data, preprocessing, augmentation, timesteps, amounts)
-    return inputs, [*notices, f"Samples: {inputs.order}."]
+    return replace(inputs, notices=(*notices, f"Samples: {inputs.order}."))
 
 
 def _size(size: tuple[int, ...]) -> tuple[int, int, int]:

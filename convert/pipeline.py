@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 
 from ..calibrate import Policy, automatic, calibrate
 from ..errors import ArgumentError
-from ..records import Calibration, Keep, Prepared, Report
+from ..records import Calibration, Prepared, Report
 from ..spiking import LMH
 from ..time_axis import TimeAxis
 from .prepare import prepare
-from .rules import Rules
+from .rules import ReluSurgery, Rules
 from .spike import DirectCoding, Encoding, EventFrames, spike
 
 
@@ -27,12 +27,16 @@ class Recipe:
         neuron: preset, granularity, ranges and surrogate of the neurons.
         encoding: what the input is.
         sample_shape: shape of one input sample.
+        keep: paths that stay analog.
+        surgery: whether neurons stand in for what has no rule.
     """
 
     timesteps: int
     neuron: LMH = field(default_factory=LMH)
     encoding: Encoding = field(default_factory=DirectCoding)
     sample_shape: tuple[int, ...] = ()
+    keep: tuple[str, ...] = ()
+    surgery: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ def convert(
     rules: Rules | None = None,
     neuron: LMH | None = None,
     encoding: Encoding | None = None,
+    keep: Iterable[str] = (),
+    surgery: ReluSurgery | None = None,
 ) -> Conversion:
     """Convert a pretrained ANN to a spiking network of LM-H neurons.
 
@@ -81,6 +87,9 @@ def convert(
         rules: from activation type to what becomes of it, for types of your own.
         neuron: preset, granularity and ranges; ``LMH()``, which is IF, unless given.
         encoding: ``DirectCoding()`` for images, ``EventFrames()`` for input [T, N, *F].
+        keep: paths of nodes that stay analog, as the audit names them.
+        surgery: ``ReluSurgery()`` lets neurons stand in for SiLU, GELU and the like, and keeps gates, softmax and
+            normalisations analog; fine-tune afterwards. Unless given, all of them are refused.
 
     Returns:
         The spiking network with its calibration and report.
@@ -99,8 +108,8 @@ def convert(
     encoding = encoding or DirectCoding()
     data, example = _first_batch(data, example_input)
     sample_shape = tuple(example.shape[2:] if isinstance(encoding, EventFrames) else example.shape[1:])
-    recipe = Recipe(timesteps, neuron or LMH(), encoding, sample_shape)
-    prepared = prepare(ann, sample_shape, rules=rules)
+    recipe = Recipe(timesteps, neuron or LMH(), encoding, sample_shape, tuple(keep), surgery is not None)
+    prepared = prepare(ann, sample_shape, rules=rules, keep=recipe.keep, surgery=surgery)
     notices = []
     if not isinstance(calibration, Calibration):
         policy = calibration
@@ -125,11 +134,13 @@ def assemble(prepared: Prepared, calibration: Calibration, recipe: Recipe, notic
             "sites. Calibrate this network."
         )
     snn = spike(prepared, calibration, recipe.neuron, recipe.encoding, recipe.timesteps)
-    kept = [path for path, decision in prepared.activations.items() if isinstance(decision, Keep)]
+    kept = [fate.path for fate in prepared.fates if fate.fate == "kept"]
     if kept:
-        notices = (*notices, f"{len(kept)} activations stay analog: {', '.join(kept)}.")
+        shown = ", ".join(kept[:8]) + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
+        share = f"{100 * prepared.spiking_coverage:.1f} % of activation elements spike"
+        notices = (*notices, f"{len(kept)} nodes stay analog: {shown}; {share}.")
     source = f"{calibration.policy}, {calibration.samples} samples"
-    report = Report(recipe.timesteps, source, prepared.fates, notices)
+    report = Report(recipe.timesteps, source, prepared.fates, prepared.spiking_coverage, notices)
     return Conversion(snn, calibration, report, recipe, prepared)
 
 

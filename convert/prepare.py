@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from ..errors import AuditError
-from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of, owner_path
-from ..records import Prepared, Spike
+from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of, label, module_of, owner_path
+from ..records import NodeFate, Prepared, Spike
 from ..shapes import node_values
 from .audit import Decisions, audit, is_channel_concat, pool_sources
 from .inplace import make_functional
-from .rules import Rules, merged
+from .rules import Plan, ReluSurgery, Rules, merged
 from .tracing import trace
 
 
-def prepare(ann: nn.Module, sample_shape: Sequence[int], *, rules: Rules | None = None) -> Prepared:
+def prepare(
+    ann: nn.Module,
+    sample_shape: Sequence[int],
+    *,
+    rules: Rules | None = None,
+    keep: Iterable[str] = (),
+    surgery: ReluSurgery | None = None,
+) -> Prepared:
     """Trace a copy of ``ann``, audit it and give every activation call a module of its own.
 
     Args:
         ann: the network; not changed.
         sample_shape: shape of one input sample, for example (3, 224, 224).
         rules: from activation type to rule, on top of the defaults.
+        keep: paths of nodes that stay analog.
+        surgery: what to do where no rule applies; None refuses.
 
     Returns:
         The prepared network. Its output equals the ANN's, which was checked on one random batch.
@@ -33,14 +43,10 @@ def prepare(ann: nn.Module, sample_shape: Sequence[int], *, rules: Rules | None 
         AuditError: with every node that no rule covers.
         ArgumentError: if the input shape or the weights do not fit.
     """
-    table = merged(rules)
-    model = trace(ann, table)
-    problems = make_functional(model)
-    model.graph.eliminate_dead_code()
-    model.recompile()
-    decisions, fates, found = audit(model, table, sample_shape)
-    if problems or found:
-        raise AuditError([*problems, *found])
+    plan = Plan(merged(rules), frozenset(keep), surgery)
+    model, decisions, fates, problems = _audited(ann, sample_shape, plan)
+    if problems:
+        raise AuditError(problems)
     by_path = _activations_to_modules(model, decisions)
     _dropout_to_modules(model)
     by_path = _move_maxpools(model, by_path)
@@ -52,8 +58,54 @@ def prepare(ann: nn.Module, sample_shape: Sequence[int], *, rules: Rules | None 
     _check_equal(ann, model, sample_shape)
     ordered = {str(node.target): by_path[str(node.target)] for node in model.graph.nodes if node.target in by_path}
     values = node_values(model, (2, *sample_shape))
-    channels = {str(node.target): values[node].shape[1] for node in values if node.target in ordered}
-    return Prepared(model, ordered, tuple(sample_shape), channels, tuple(fates))
+    channels = {path: _channels(model, path, values) for path, found in ordered.items() if isinstance(found, Spike)}
+    return Prepared(model, ordered, tuple(sample_shape), channels, tuple(fates), _coverage(fates, ordered, values))
+
+
+def examine(
+    ann: nn.Module,
+    sample_shape: Sequence[int],
+    *,
+    rules: Rules | None = None,
+    keep: Iterable[str] = (),
+    surgery: ReluSurgery | None = None,
+) -> tuple[list[NodeFate], list[str]]:
+    """The audit alone: the fate of every node, and the problems that :func:`prepare` would raise."""
+    _, _, fates, problems = _audited(ann, sample_shape, Plan(merged(rules), frozenset(keep), surgery))
+    return fates, problems
+
+
+def _audited(
+    ann: nn.Module, sample_shape: Sequence[int], plan: Plan
+) -> tuple[fx.GraphModule, Decisions, list[NodeFate], list[str]]:
+    model = trace(ann, plan.rules)
+    problems = make_functional(model)
+    model.graph.eliminate_dead_code()
+    model.recompile()
+    decisions, fates, found = audit(model, plan, sample_shape)
+    return model, decisions, fates, [*problems, *found]
+
+
+def _channels(model: fx.GraphModule, path: str, values: Mapping[fx.Node, Any]) -> int | None:
+    """Return the size of axis 1 where that is the channel axis; a linear layer on [N, …, C] has it last."""
+    (node,) = (node for node in model.graph.nodes if node.target == path)
+    shape, current = values[node].shape, node
+    while kind_of(current) not in (Kind.SYNAPSE, Kind.INPUT) and current.all_input_nodes:
+        current = current.all_input_nodes[0]
+    linear = isinstance(module_of(current), nn.Linear) or current.target is nn.functional.linear
+    return None if linear and len(shape) > 2 else shape[1]
+
+
+def _coverage(fates: Sequence[NodeFate], activations: Mapping[str, Any], values: Mapping[fx.Node, Any]) -> float:
+    """Share of activation elements of one sample that spike; kept nodes count as analog ones."""
+    kept = {fate.path for fate in fates if fate.fate == "kept"}
+
+    def elements(node: fx.Node) -> int:
+        return sum(leaf.numel() for leaf in pytree.tree_leaves(values[node]) if isinstance(leaf, Tensor))
+
+    spiking = sum(elements(node) for node in values if isinstance(activations.get(str(node.target)), Spike))
+    analog = sum(elements(node) for node in values if label(node) in kept)
+    return spiking / (spiking + analog)
 
 
 def unique_path(model: nn.Module, wanted: str) -> str:
@@ -78,6 +130,8 @@ def _activations_to_modules(model: fx.GraphModule, decisions: Decisions) -> dict
     """Give each activation call its own module; the first call of a module keeps the module's path."""
     by_path: dict[str, Any] = {}
     for node, decision in decisions.items():
+        if node.op != "call_module" and kind_of(node) is not Kind.ACTIVATION:
+            continue
         module = activation_module(node) if kind_of(node) is Kind.ACTIVATION else model.get_submodule(str(node.target))
         if node.op == "call_module":
             path = str(node.target)

@@ -7,6 +7,7 @@ your own, or one that is refused, pass ``rules={MyActivation: as_neuron}``; your
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from torch import nn
@@ -46,8 +47,7 @@ def from_hardtanh(module: nn.Module) -> Spike:
     if not isinstance(module, nn.Hardtanh) or module.min_val != 0:
         raise ArgumentError(
             f"Hardtanh from {getattr(module, 'min_val', None)} gives negative values, which spikes cannot; expected "
-            "min_val = 0. Pass rules={nn.Hardtanh: as_neuron} to drop them and fine-tune, or {nn.Hardtanh: keep} to leave "
-            "it analog."
+            "min_val = 0. Pass rules={nn.Hardtanh: as_neuron} to drop them and fine-tune, or keep the layer analog."
         )
     return Spike(upper=float(module.max_val))
 
@@ -55,6 +55,35 @@ def from_hardtanh(module: nn.Module) -> Spike:
 DEFAULT_RULES: Rules = MappingProxyType(
     {nn.ReLU: as_neuron, QCFS: from_qcfs, nn.ReLU6: from_relu6, nn.Hardtanh: from_hardtanh}
 )
+
+
+STAND_INS = (nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish, nn.ELU, nn.CELU, nn.LeakyReLU, nn.PReLU, nn.Softplus, nn.Hardtanh)
+
+
+@dataclass(frozen=True)
+class ReluSurgery:
+    """What has no rule: activations that resemble a ReLU become neurons, the rest stays analog, by name.
+
+    Attributes:
+        stand_ins: activation types that a ReLU stands in for.
+    """
+
+    stand_ins: tuple[type[nn.Module], ...] = STAND_INS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what becomes of a node.
+
+    Attributes:
+        rules: from activation type to rule.
+        keep: paths of nodes that stay analog.
+        surgery: what to do where no rule applies; None refuses.
+    """
+
+    rules: Rules
+    keep: frozenset[str] = frozenset()
+    surgery: ReluSurgery | None = None
 
 
 def merged(rules: Rules | None) -> Rules:

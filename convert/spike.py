@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -12,7 +12,7 @@ from ..errors import AuditError
 from ..ops import Kind, kind_of, label
 from ..records import Calibration, Prepared, Spike
 from ..shapes import BATCHES, batch_use, node_values
-from ..spiking import LMH, SpikingSite
+from ..spiking import LMH, PerChannel, PerLayer, SpikingSite
 from ..time_axis import (
     EnterTail,
     FoldEvents,
@@ -154,12 +154,17 @@ def _insert_sites(
             time,
             calibration.v_threshold[path],
             calibration.v_init[path],
-            neuron,
+            neuron if prepared.channels[path] is not None else _without_channels(neuron),
             channels=prepared.channels[path],
             static=regions[node.all_input_nodes[0]] is not Region.TIMED,
         )
         device = next((p.device for p in prepared.model.parameters()), calibration.v_threshold[path].device)
         model.set_submodule(path, site.to(device))
+
+
+def _without_channels(neuron: LMH) -> LMH:
+    """One value for the layer, where channels do not lie on axis 1."""
+    return replace(neuron, granularity=PerLayer()) if isinstance(neuron.granularity, PerChannel) else neuron
 
 
 class _Folding:

@@ -19,7 +19,7 @@ from ..surrogates import Arctan, Rectangle, Sigmoid, Triangle
 from .loading import load_source
 from .pipeline import Conversion, Recipe, assemble
 from .prepare import prepare
-from .rules import Rules
+from .rules import ReluSurgery, Rules
 from .spike import DirectCoding, EventFrames
 
 _TYPES = {
@@ -115,7 +115,8 @@ def load(
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: its recipe cannot be read ({error}). Make the file again.") from error
     ann = _architecture(path, manifest["source"], source, trust_pickle)
-    prepared = prepare(ann, recipe.sample_shape, rules=rules)
+    surgery = ReluSurgery() if recipe.surgery else None
+    prepared = prepare(ann, recipe.sample_shape, rules=rules, keep=recipe.keep, surgery=surgery)
     snn = assemble(prepared, _stored_calibration(path, manifest, tensors), recipe).snn
     if _structure(snn) != manifest["structure"]:
         raise ArtifactError(

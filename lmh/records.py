@@ -49,15 +49,17 @@ class Prepared:
         model: the traced copy, one module for each activation call.
         activations: what the rules say about each, by path, in the order in which they run.
         sample_shape: shape of one input sample, without batch.
-        channels: size of axis 1 of each activation.
+        channels: size of axis 1 of each spiking activation, None where channels lie on another axis.
         fates: every node of the source's graph.
+        spiking_coverage: share of activation elements that become spikes, 0 to 1.
     """
 
     model: fx.GraphModule
     activations: Mapping[str, Spike | Keep]
     sample_shape: tuple[int, ...]
-    channels: Mapping[str, int]
+    channels: Mapping[str, int | None]
     fates: tuple[NodeFate, ...]
+    spiking_coverage: float = 1.0
 
     @property
     def spiking(self) -> list[str]:
@@ -108,12 +110,14 @@ class Report:
         timesteps: T.
         calibration: the policy's name and number of samples.
         fates: every node of the source and what became of it.
+        spiking_coverage: share of activation elements that spike, 0 to 1.
         notices: what the user should know, in sentences.
     """
 
     timesteps: int
     calibration: str
     fates: tuple[NodeFate, ...]
+    spiking_coverage: float = 1.0
     notices: tuple[str, ...] = ()
 
     def nodes(self) -> dict[str, list[str]]:

@@ -87,6 +87,20 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
         console.print(f"Written: {result['output']}", soft_wrap=True)
 
 
+def print_fates(console: Console, result: dict[str, Any]) -> None:
+    """Print what would become of every node."""
+    table = Table(title=f"{result['source']}: every node and its fate", title_justify="left")
+    for name in ("node", "what", "fate"):
+        table.add_column(name, overflow="fold")
+    for node in result["fates"]:
+        table.add_row(node["path"], node["what"], node["fate"])
+    console.print(table)
+    for problem in result["problems"]:
+        console.print(f"- {problem}", markup=False, soft_wrap=True)
+    counts = ", ".join(f"{len(paths)} {fate}" for fate, paths in result["nodes"].items())
+    console.print(f"{counts}; {len(result['problems'])} problems.")
+
+
 def _site_table(result: dict[str, Any]) -> Table:
     table = Table(title=f"{result['source']}, T = {result['timesteps']}", title_justify="left")
     table.add_column("site", overflow="fold")
