@@ -18,6 +18,9 @@ from .statistics import predicted_histograms
 __all__ = ["BatchNormStatistics", "Max", "MinError", "Percentile", "Policy", "automatic", "calibrate", "policy_text"]
 
 
+FROM_QCFS = "taken over from QCFS"
+
+
 def calibrate(
     prepared: Prepared, policy: Policy, timesteps: int, data: Iterable[Any] | Tensor | None = None
 ) -> Calibration:
@@ -45,7 +48,8 @@ def calibrate(
             own if own is not None else _threshold(histograms[path], policy, timesteps, prepared.channels[path])
         )
     v_init = {path: torch.full_like(theta, 0.5) for path, theta in thresholds.items()}
-    return Calibration(policy_text(policy), timesteps, samples, thresholds, v_init)
+    source = policy_text(policy) if wanted else FROM_QCFS
+    return Calibration(source, timesteps, samples, thresholds, v_init)
 
 
 def automatic(has_data: bool) -> Policy:
@@ -89,7 +93,7 @@ def _histograms(
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise CalibrationError(
-            f"{shown}: no BatchNorm comes before, so thresholds cannot be found without data. "
+            f"{shown}: not predicted by a BatchNorm before it, so thresholds cannot be found without data. "
             "Pass data= (on the command line --data)."
         )
     return histograms, 0

@@ -61,12 +61,13 @@ class Percentile:
             raise ArgumentError(f"Percentile: {self.percent} came; expected a number above 0 and at most 100.")
 
     def threshold(self, histogram: Histogram, timesteps: int) -> Tensor:
-        """Return the upper edge of the bin that holds the percentile."""
+        """Return the upper edge of the bin that holds the percentile; 0 where it falls among the zeros."""
         zeros = histogram.total - histogram.counts.sum(1, keepdim=True)
         below = zeros + histogram.counts.cumsum(1)
         reached = below >= histogram.total * self.percent / 100 - 1e-9
         edge = (reached.to(torch.int64).argmax(1) + 1).to(histogram.width.dtype) * histogram.width
-        return torch.minimum(edge, histogram.maximum)
+        among_zeros = zeros[:, 0] >= histogram.total * self.percent / 100
+        return torch.where(among_zeros, 0.0, torch.minimum(edge, histogram.maximum))
 
 
 def least_error(histogram: Histogram, levels: int) -> Tensor:

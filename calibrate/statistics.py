@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..ops import (
@@ -114,11 +115,59 @@ def _carry(node: fx.Node, moments: dict[fx.Node, Moments | None], values: dict[f
             mean, variance = largest_of(_window(node, values))
             deviation = known[0].variance.sqrt()
             return Moments(known[0].mean + mean * deviation, known[0].variance * variance)
-        case Kind.AFFINE if _is_sum(node):
-            return Moments(sum(entry.mean for entry in known), sum(entry.variance for entry in known))  # type: ignore[arg-type]
-        case Kind.AFFINE | Kind.SHAPE:
+        case Kind.AFFINE if node.target in _ARITHMETIC:
+            return _arithmetic(node, moments)
+        case Kind.AFFINE | Kind.SHAPE if node.target is F.pad:
+            return _padded(node, known[0], len(shape))
+        case Kind.AFFINE | Kind.SHAPE if node.op == "call_module" or node.target in _KEEPS_CHANNELS:
             return _moved(node, known, shape)
     return None
+
+
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_SUBTRACTS = {operator.sub, operator.isub, torch.sub, "sub", "sub_"}
+_DIVIDES = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
+_MULTIPLIES = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+_ARITHMETIC: set[Any] = {operator.neg, "neg", *_ADDS, *_SUBTRACTS, *_DIVIDES, *_MULTIPLIES}
+_FLATTENS: set[Any] = {torch.flatten, torch.reshape, "flatten", "view", "reshape"}
+_KEEPS_CHANNELS: set[Any] = {
+    torch.cat, torch.concat, torch.concatenate, torch.mean, "mean", "contiguous", F.dropout, F.dropout2d, F.dropout3d,
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+    F.interpolate, operator.getitem, *_FLATTENS,
+}  # fmt: skip
+
+
+def _arithmetic(node: fx.Node, moments: dict[fx.Node, Moments | None]) -> Moments | None:
+    """Carry moments through +, −, ×, ÷ and negation of signals and plain numbers."""
+    if node.target in (operator.neg, "neg"):
+        entry = moments[node.all_input_nodes[0]]
+        return None if entry is None else Moments(-entry.mean, entry.variance)
+    if len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
+        return None
+    a, b = (moments[arg] if isinstance(arg, fx.Node) else arg for arg in node.args)
+    if isinstance(a, Moments) and isinstance(b, Moments):
+        if node.target not in _ADDS | _SUBTRACTS or len(a.mean) != len(b.mean):
+            return None
+        sign = 1 if node.target in _ADDS else -1
+        return Moments(a.mean + sign * b.mean, a.variance + b.variance)
+    signal, number = (a, b) if isinstance(a, Moments) else (b, a)
+    if not isinstance(signal, Moments) or not isinstance(number, int | float):
+        return None
+    if node.target in _ADDS:
+        return Moments(signal.mean + number, signal.variance)
+    if node.target in _SUBTRACTS:
+        return Moments(signal.mean - number if signal is a else number - signal.mean, signal.variance)
+    factor = 1 / number if node.target in _DIVIDES else number
+    return Moments(signal.mean * factor, signal.variance * factor**2)
+
+
+def _padded(node: fx.Node, before: Moments, ndim: int) -> Moments | None:
+    """Carry moments through F.pad: new channels are 0, borders leave a channel's moments as they are."""
+    pad = argument(node, 1, "pad")
+    if not isinstance(pad, tuple | list) or argument(node, 3, "value") not in (None, 0, 0.0):
+        return None
+    first, last = pad[2 * (ndim - 2) : 2 * (ndim - 1)] or (0, 0)
+    return Moments(*(nn.functional.pad(values, (first, last)) for values in before))
 
 
 def _batchnorm(module: nn.Module) -> Moments | None:
@@ -127,11 +176,6 @@ def _batchnorm(module: nn.Module) -> Moments | None:
         zeros = torch.zeros_like(module.running_mean) if module.running_mean is not None else None
         return None if zeros is None else Moments(zeros, torch.ones_like(zeros))
     return Moments(bias.detach(), weight.detach() ** 2)  # type: ignore[operator]
-
-
-def _is_sum(node: fx.Node) -> bool:
-    adds = node.target in (operator.add, operator.iadd, torch.add, "add", "add_")
-    return adds and all(isinstance(arg, fx.Node) for arg in node.args[:2])
 
 
 def _weighted(module: nn.Module, before: Moments) -> Moments | None:
@@ -175,7 +219,8 @@ def _moved(node: fx.Node, known: list[Moments], shape: tuple[int, ...]) -> Momen
     mean, variance = (torch.cat([entry[i] for entry in known]) for i in (0, 1))
     if len(mean) == shape[1]:
         return Moments(mean, variance)
-    if len(known) == 1 and shape[1] % len(mean) == 0:
+    flattens = node.target in _FLATTENS or isinstance(module_of(node), nn.Flatten)
+    if flattens and len(known) == 1 and shape[1] % len(mean) == 0:
         repeats = shape[1] // len(mean)
         return Moments(mean.repeat_interleave(repeats), variance.repeat_interleave(repeats))
     return None

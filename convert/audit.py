@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..errors import ArgumentError
 from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of, label, module_of
@@ -194,12 +194,17 @@ def _structure_problems(model: fx.GraphModule) -> list[str]:
 def batch_problems(model: fx.GraphModule, sample_shape: Sequence[int]) -> list[str]:
     """Say where a node does not keep the batch on axis 0, from shapes at two batch sizes."""
     small, large = (node_values(model, (batch, *sample_shape)) for batch in BATCHES)
+    signals: set[fx.Node] = set()
+    for node in model.graph.nodes:
+        if node.op == "placeholder" or (isinstance(small[node], Tensor) and signals & set(node.all_input_nodes)):
+            signals.add(node)
     return [
         f"{label(node)}: {describe(node)} gives {_shape(small[node])} at batch size {BATCHES[0]} and "
         f"{_shape(large[node])} at {BATCHES[1]}; expected the batch on axis 0 and nowhere else. "
         "Reshape with x.size(0) or flatten(1)."
         for node in model.graph.nodes
         if not keeps_batch((small[node], large[node]))
+        or (node in signals and batch_use((small[node], large[node])) == "free")
     ]
 
 

@@ -184,7 +184,8 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
     save(conversion, job.output, source=source.record(), metrics=metrics, seed=job.amounts.seed, command=command,
          data=job.data, samples=inputs.order, epochs=job.epochs, nodes=result["nodes"],
          preprocessing=plain_value(inputs.preprocessing))  # fmt: skip
-    _checkpoint(job).unlink(missing_ok=True)
+    if job.epochs:
+        _checkpoint(job).unlink(missing_ok=True)
     return result
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..calibrate import Policy, automatic, calibrate
+from ..calibrate import FROM_QCFS, Policy, automatic, calibrate
 from ..errors import ArgumentError
-from ..records import Calibration, Prepared, Report
-from ..spiking import LMH
+from ..ops import Kind, kind_of, label, module_of
+from ..records import Calibration, Prepared, Report, Spike
+from ..spiking import LMH, SpikingSite
 from ..time_axis import TimeAxis
 from .prepare import prepare
 from .rules import ReluSurgery, Rules
@@ -115,13 +116,12 @@ def convert(
         policy = calibration
         if policy is None:
             policy = automatic(data is not None)
-            if data is None:
-                notices.append(
-                    "No data was given, so thresholds came from BatchNorm statistics; data gives better ones."
-                )
         if isinstance(encoding, EventFrames) and data is not None:
             data = _frames(data)
+        without = calibration is None and data is None
         calibration = calibrate(prepared, policy, timesteps, data)
+        if without and calibration.policy != FROM_QCFS:
+            notices.append("No data was given, so thresholds came from BatchNorm statistics; data gives better ones.")
     return assemble(prepared, calibration, recipe, tuple(notices))
 
 
@@ -139,9 +139,30 @@ def assemble(prepared: Prepared, calibration: Calibration, recipe: Recipe, notic
         shown = ", ".join(kept[:8]) + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
         share = f"{100 * prepared.spiking_coverage:.1f} % of activation elements spike"
         notices = (*notices, f"{len(kept)} nodes stay analog: {shown}; {share}.")
+    notices = (*notices, *_approximations(snn, prepared, recipe))
     source = f"{calibration.policy}, {calibration.samples} samples"
     report = Report(recipe.timesteps, source, prepared.fates, prepared.spiking_coverage, notices)
     return Conversion(snn, calibration, report, recipe, prepared)
+
+
+def _approximations(snn: fx.GraphModule, prepared: Prepared, recipe: Recipe) -> Iterator[str]:
+    """Say where the network differs from the ANN by more than the rounding of T steps."""
+    timed: set[fx.Node] = set()
+    pools = []
+    for node in snn.graph.nodes:
+        if isinstance(module_of(node), SpikingSite) or timed & set(node.all_input_nodes):
+            timed.add(node)
+        if kind_of(node) is Kind.MAXPOOL and node in timed:
+            pools.append(label(node))
+    if pools:
+        yield (
+            f"{len(pools)} max-pools take the maximum of currents that vary in time ({', '.join(pools)}); "
+            "their error does not vanish with T. Average pools have none."
+        )
+    levels = {found.levels for found in prepared.activations.values() if isinstance(found, Spike) and found.levels}
+    if levels - {recipe.timesteps}:
+        known = ", ".join(str(level) for level in sorted(levels))
+        yield f"QCFS was trained with L = {known} and T is {recipe.timesteps}; they agree best where T = L."
 
 
 def _first_batch(

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import AuditError
 from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of, label, module_of, owner_path
-from ..records import NodeFate, Prepared, Spike
+from ..records import Keep, NodeFate, Prepared, Spike
 from ..shapes import node_values
 from .audit import Decisions, audit, is_channel_concat, pool_sources
 from .inplace import make_functional
@@ -130,7 +130,7 @@ def _activations_to_modules(model: fx.GraphModule, decisions: Decisions) -> dict
     """Give each activation call its own module; the first call of a module keeps the module's path."""
     by_path: dict[str, Any] = {}
     for node, decision in decisions.items():
-        if node.op != "call_module" and kind_of(node) is not Kind.ACTIVATION:
+        if kind_of(node) is not Kind.ACTIVATION and isinstance(decision, Keep):
             continue
         module = activation_module(node) if kind_of(node) is Kind.ACTIVATION else model.get_submodule(str(node.target))
         if node.op == "call_module":
@@ -208,7 +208,7 @@ def _pooled(model: fx.GraphModule, pool: fx.Node, source: fx.Node, by_path: dict
         if not spiking:
             return new_pool
         new_path = path
-        if len(source.users) > 1:
+        if len(source.users) > 1 or len(behind.users) > 1:
             new_path = unique_path(model, path)
             model.add_submodule(new_path, model.get_submodule(path))
             by_path[new_path] = by_path[path]

@@ -34,7 +34,7 @@ def from_qcfs(module: nn.Module) -> Spike:
     """A QCFS activation hands its learned θ to the neurons (Bu et al. 2022)."""
     if not isinstance(module, QCFS):
         raise ArgumentError(f"from_qcfs: got {type(module).__name__}; expected QCFS. Use as_neuron for other types.")
-    return Spike(v_threshold=module.v_threshold.detach().clone())
+    return Spike(v_threshold=module.v_threshold.detach().clone(), levels=module.levels)
 
 
 def from_relu6(module: nn.Module) -> Spike:

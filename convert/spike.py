@@ -125,10 +125,11 @@ def _own_sizes(graph: fx.Graph, regions: dict[fx.Node, Region], uses: dict[str, 
         if regions[node] in (Region.FREE, Region.CONSTANT) or kind_of(node) not in (Kind.SHAPE, Kind.AFFINE):
             continue
         for size in [arg for arg in node.all_input_nodes if uses[arg.name] == "size"]:
-            if size.name not in exactly_n or not isinstance(node.args[0], fx.Node):
+            reshapes = kind_of(node) is Kind.SHAPE
+            if not reshapes or size.name not in exactly_n or not isinstance(node.args[0], fx.Node):
                 problems.append(
-                    f"{label(node)}: its shape uses {label(size)}, which is computed from the batch size; expected "
-                    "the batch size itself. Write y.view(y.size(0), -1) or y.flatten(1)."
+                    f"{label(node)}: uses {label(size)}, which carries the batch size, as a value; expected it only as "
+                    "the first size of a view or reshape. Write y.view(y.size(0), -1) or y.flatten(1)."
                 )
                 continue
             with graph.inserting_before(node):

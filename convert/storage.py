@@ -14,7 +14,7 @@ from .. import zoo
 from ..artifact import file_digest, is_there, read_snn, user_path, versions, write_snn
 from ..errors import ArtifactError
 from ..records import Calibration, frozen_value, plain_value
-from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, sites
+from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, sites
 from ..surrogates import Arctan, Rectangle, Sigmoid, Triangle
 from .loading import load_source
 from .pipeline import Conversion, Recipe, assemble
@@ -67,7 +67,8 @@ def save(
         ArtifactError: if the file cannot be written; no partial file is left.
     """
     snn = conversion.snn if isinstance(conversion, Conversion) else conversion
-    manifest = dict(snn.meta.get(MANIFEST, {}))
+    known = snn.meta.get(MANIFEST, {})
+    manifest = {key: known[key] for key in ("source", "recipe", "calibration", "preprocessing") if key in known}
     if isinstance(conversion, Conversion):
         calibration = conversion.calibration
         manifest = {
@@ -166,6 +167,12 @@ def _stored_calibration(path: Path, manifest: Mapping[str, Any], tensors: Mappin
 
 
 def _structure(snn: fx.GraphModule) -> str:
-    """Digest of a network's tensor names, shapes and sites: what must agree for its tensors to fit."""
+    """Digest of what must agree for tensors to mean the same: names, shapes, sites, and the graph's operations."""
     shapes = sorted((name, list(tensor.shape)) for name, tensor in snn.state_dict().items())
-    return hashlib.sha256(json.dumps([shapes, list(sites(snn))]).encode()).hexdigest()
+    steps = [[node.op, str(getattr(node.target, "__name__", node.target))] for node in snn.graph.nodes]
+    layers = [
+        [str(node.target), snn.get_submodule(str(node.target)).extra_repr()]
+        for node in snn.graph.nodes
+        if node.op == "call_module" and not isinstance(snn.get_submodule(str(node.target)), SpikingSite)
+    ]
+    return hashlib.sha256(json.dumps([shapes, list(sites(snn)), steps, layers]).encode()).hexdigest()

@@ -10,13 +10,13 @@ from torch import fx, nn
 
 from ..errors import ArgumentError, AuditError
 from ..ops import Kind, module_kind
-from .rules import Rules
+from .rules import DEFAULT_RULES, Rules
 
 
 class _Tracer(fx.Tracer):
     """Keeps torch.nn modules, and every type that the table or a rule knows, as leaves."""
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules = DEFAULT_RULES) -> None:
         super().__init__()
         self._rules = rules
 

@@ -21,13 +21,13 @@ __all__ = ["TET", "CrossEntropy", "Distillation", "EpochResult", "Schedule", "fi
 
 def finetune(
     snn: nn.Module,
-    train: EpochBatches,
+    train: EpochBatches | Iterable[Any],
     val: Iterable[Any] | None = None,
     *,
     epochs: int | None = None,
     schedule: Schedule | None = None,
     teacher: nn.Module | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     on_batch: OnBatch | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> list[EpochResult]:
@@ -35,9 +35,9 @@ def finetune(
 
     Args:
         snn: from :func:`lmh.convert.convert` or :func:`lmh.convert.load`.
-        train: training batches (x, y), or x alone with a teacher; see :class:`lmh.zoo.Batches`.
+        train: training batches (x, y), or x alone with a teacher; a DataLoader or :class:`lmh.zoo.Batches`.
         val: batches to measure after each epoch.
-        epochs: short for ``Schedule(epochs=…)``, or on top of ``schedule``.
+        epochs: short for ``Schedule(epochs=…)``, or on top of ``schedule``; 10 if neither is given.
         schedule: learning rates, loss and the rest.
         teacher: the source ANN, whose outputs are then distilled.
         checkpoint: file to write after each epoch and to resume from.
@@ -48,7 +48,7 @@ def finetune(
         One result for each epoch.
 
     Raises:
-        ArgumentError: if ``snn`` has no spiking sites, or neither epochs nor schedule is given.
+        ArgumentError: if ``snn`` has no spiking sites.
         TrainingError: as :func:`fit`.
     """
     time_axis(snn)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,23 @@ from ..time_axis import per_step
 from .losses import CrossEntropy, Distillation, Loss, combined
 
 
+@runtime_checkable
 class EpochBatches(Protocol):
     """Batches that can be drawn anew for each epoch, such as :class:`lmh.zoo.Batches`."""
 
     def at_epoch(self, epoch: int) -> Iterable[Any]:
         """Return the batches of one epoch, (x [N, *F], y [N]) or x alone."""
         ...
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """A loader that is iterated anew for each epoch."""
+
+    loader: Iterable[Any]
+
+    def at_epoch(self, epoch: int) -> Iterable[Any]:
+        return self.loader
 
 
 @dataclass(frozen=True)
@@ -80,12 +91,12 @@ OnEpoch = Callable[[EpochResult], None]
 
 def fit(
     model: nn.Module,
-    train: EpochBatches,
+    train: EpochBatches | Iterable[Any],
     val: Iterable[Any] | None,
     schedule: Schedule,
     *,
     teacher: nn.Module | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     on_batch: OnBatch | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> list[EpochResult]:
@@ -96,7 +107,8 @@ def fit(
 
     Args:
         model: gives [N, C]; a spiking one also every step.
-        train: training batches by epoch.
+        train: training batches by epoch, or any loader that can be iterated again, such as a DataLoader; only the
+            first kind resumes exactly.
         val: batches with labels to measure after each epoch.
         schedule: everything that decides the result.
         teacher: network whose outputs are distilled.
@@ -110,6 +122,9 @@ def fit(
     Raises:
         TrainingError: if the loss is not finite, the data is empty, or the checkpoint is of another run.
     """
+    checkpoint = None if checkpoint is None else Path(checkpoint)
+    if not isinstance(train, EpochBatches):
+        train = _Repeated(train)
     optimizer = torch.optim.SGD(_groups(model, schedule), lr=schedule.lr, momentum=schedule.momentum)
     torch.manual_seed(schedule.seed)
     start = None if checkpoint is None else _fingerprint(model, train)
@@ -155,6 +170,8 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
                 raise TrainingError("validation batches have no labels; expected (x, y). Pass val=None.")
             correct += int((model(x).argmax(1) == y).sum())
             count += len(x)
+    if count == 0:
+        raise TrainingError("the validation data gave no batch; expected at least one sample. Pass val=None.")
     return correct / count
 
 

@@ -82,7 +82,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         ArtifactError: as :func:`write_atomically`.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    stored: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        plain[name] = value.clone() if storage in stored else value  # tied weights are written twice
+        stored.add(storage)
     header = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
     write_atomically(path, safetensors.torch.save(plain, header))
 

@@ -79,6 +79,11 @@ class _Score:
 
     def add(self, outputs: Tensor, labels: Tensor | None, ann: Tensor | None) -> None:
         """Take outputs [T, N, C], labels [N] and the ANN's outputs [N, C] of a batch."""
+        if outputs.ndim != 3:
+            raise DataError(
+                f"the network returns {['N', *outputs.shape[2:]]}; expected [N, classes]. Wrap it in a module that "
+                "flattens its output, or measure it with lmh.prefixes yourself."
+            )
         chosen = outputs.argmax(-1)
         count = outputs.shape[1]
         self.samples += count

@@ -21,10 +21,12 @@ class Spike:
     Attributes:
         v_threshold: θ where the activation knows it (QCFS), shape [] or [C]; None lets calibration find it.
         upper: the largest value that the activation gives (ReLU6: 6); θ stays at or below it.
+        levels: L where the activation has it (QCFS).
     """
 
     v_threshold: Tensor | None = None
     upper: float = math.inf
+    levels: int | None = None
 
 
 @dataclass(frozen=True)

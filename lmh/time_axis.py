@@ -176,7 +176,7 @@ def per_step(snn: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
         steps: how many steps to run, T unless given. Inside :func:`carry_state` each call runs the next ones.
 
     Returns:
-        [steps, N, *out]; its mean over axis 0 is ``snn(x)`` up to rounding.
+        [steps, N, *out]; its mean over axis 0 is ``snn(x)`` up to rounding, unless the network ends in a softmax.
 
     Raises:
         ArgumentError: if ``snn`` is not a converted network or ``steps`` is out of range.

@@ -235,7 +235,7 @@ def test_an_input_of_the_wrong_size_is_refused_and_the_advised_option_helps() ->
 def test_thresholds_that_need_data_are_refused_without_and_found_with_data() -> None:
     torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)), "net.pt")
     message = refused(1, "net.pt", "-T", 2, "--input-size", "1,8,8")
-    says(message, "2: no BatchNorm comes before", "without data", "--data")
+    says(message, "2: not predicted by a BatchNorm before it", "without data", "--data")
     assert command("net.pt", "-T", 2, "--data", "digits", "--test-samples", 20)[0] == 0
     says(refused(1, *ZOO, "--calibration", "max"), "Max", "needs data and none was given", "--data")
 

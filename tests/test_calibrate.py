@@ -208,5 +208,5 @@ class TestStatistics:
         assert [len(h.width) for h in histograms.values()] == [4, 4, 4, 3]
 
     def test_without_batchnorm_the_paths_are_named(self) -> None:
-        with pytest.raises(CalibrationError, match=r"^1: no BatchNorm comes before"):
+        with pytest.raises(CalibrationError, match=r"^1: not predicted by a BatchNorm before it"):
             calibrate(prepare(nets.two_layers(), (4,)), BatchNormStatistics(), 4)

@@ -362,7 +362,7 @@ def test_data_as_a_generator_is_read_once() -> None:
     whole = convert(ann, 4, data=x)
     streamed = convert(ann, 4, data=iter(x.split(8)))
     assert streamed.calibration.samples == 64
-    assert torch.allclose(whole.calibration.v_threshold["1"], streamed.calibration.v_threshold["1"], rtol=0.02)
+    assert torch.allclose(whole.calibration.v_threshold["1"], streamed.calibration.v_threshold["1"], rtol=0.06)
 
 
 @pytest.mark.parametrize("name", zoo.list_architectures())

@@ -40,7 +40,7 @@ def test_energy_of_two_layers_by_hand() -> None:
 
 
 def test_a_layer_fed_by_averages_multiplies_at_every_step() -> None:
-    ann = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(2, 3, 1), nn.ReLU())
+    ann = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Flatten())
     x = torch.rand(5, 1, 4, 4)
     result = evaluate(convert(ann, 4, data=x).snn, [x])
     work = {layer.path: layer for layer in result.layers}

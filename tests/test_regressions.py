@@ -1,0 +1,173 @@
+"""What reviews found: each once broken, now held."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import nets
+from lmh import sites, zoo
+from lmh.calibrate import BatchNormStatistics, Max, Percentile, calibrate
+from lmh.calibrate.statistics import predicted_histograms
+from lmh.convert import convert, keep, load, prepare, save
+from lmh.errors import ArtifactError, AuditError
+from lmh.finetune import finetune
+from lmh.qcfs import QCFS
+
+
+class Scaled(nn.Module):
+    """BatchNorm, then arithmetic with plain numbers, then a ReLU."""
+
+    def __init__(self, operation: object) -> None:
+        super().__init__()
+        self.conv, self.norm, self.operation = nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.operation(self.norm(self.conv(x))))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("operation", "factor"),
+    [(lambda y: y * 0.1, 0.1), (lambda y: y / 10, 0.1), (lambda y: 3 * y, 3.0), (lambda y: y - y, 2**0.5)],
+)
+def test_batchnorm_statistics_follow_arithmetic(operation: object, factor: float) -> None:
+    plain = calibrate(prepare(Scaled(lambda y: y + 0.0), (1, 4, 4)), BatchNormStatistics(), 4)
+    scaled = calibrate(prepare(Scaled(operation), (1, 4, 4)), BatchNormStatistics(), 4)
+    assert torch.allclose(scaled.v_threshold["relu"], factor * plain.v_threshold["relu"], rtol=1e-3)
+
+
+def test_batchnorm_statistics_pad_new_channels_with_zeros() -> None:
+    net = zoo.card("cifar10-resnet20-a").build().eval()
+    with torch.no_grad():
+        net.layer1[2].bn2.bias.copy_(torch.arange(16.0))
+        net.layer2[0].bn2.weight.fill_(1e-3)
+    histograms, unknown = predicted_histograms(prepare(net, (3, 32, 32)))
+    tops = histograms["layer2.0.relu2"].maximum
+    assert unknown == []
+    assert float(tops[:8].max()) < 0.1
+    assert float(tops[24:].max()) < 0.1
+    assert float(tops[22]) > 10
+
+
+def test_a_batch_size_used_as_a_value_is_refused() -> None:
+    class Value(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x) * x.size(0)
+
+    with pytest.raises(AuditError, match="batch size, as a value"):
+        convert(Value(), 4, data=torch.rand(8, 4))
+
+
+def test_a_mean_over_the_batch_is_refused() -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(x)
+            return y - y.mean(0, keepdim=True)
+
+    with pytest.raises(AuditError, match="batch on axis 0"):
+        prepare(Mixed(), (4,))
+
+
+def test_a_concat_read_by_a_pool_and_a_layer_gets_sites_for_both() -> None:
+    class Inception(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(1, 2, 1), nn.Conv2d(1, 2, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.cat([F.relu(self.a(x)), F.relu(self.b(x))], 1)
+            return (F.max_pool2d(y, 2).flatten(1).sum(1) + self.c(y).flatten(1).sum(1))[:, None]
+
+    ann = Inception().eval()
+    x = torch.rand(8, 1, 4, 4)
+    snn = convert(ann, 128, data=x, calibration=Max()).snn
+    assert len(sites(snn)) == 4
+    assert torch.allclose(snn(x), ann(x), rtol=0.05, atol=0.1)
+
+
+def test_max_pools_on_varying_currents_are_named() -> None:
+    ann = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    notices = convert(ann, 4, data=torch.rand(8, 1, 4, 4)).report.notices
+    assert any("1 max-pools take the maximum of currents that vary in time" in notice for notice in notices)
+    quiet = convert(nets.conv_net(), 4, data=torch.rand(8, 2, 8, 8)).report.notices
+    assert quiet == ()
+
+
+def test_qcfs_says_where_thresholds_came_from_and_that_levels_differ() -> None:
+    ann = nn.Sequential(nn.Linear(4, 3), QCFS(8, 2.0), nn.Linear(3, 2))
+    report = convert(ann, 4, example_input=torch.zeros(1, 4)).report
+    assert report.calibration.startswith("taken over from QCFS")
+    assert report.notices == ("QCFS was trained with L = 8 and T is 4; they agree best where T = L.",)
+
+
+def test_a_network_survives_torch_save() -> None:
+    x = torch.rand(8, 2, 8, 8)
+    snn = convert(nets.conv_net(), 4, data=x).snn
+    buffer = io.BytesIO()
+    torch.save(snn, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    assert torch.equal(again(x), snn(x))
+
+
+def test_a_plain_data_loader_trains(tmp_path: Path) -> None:
+    data = TensorDataset(torch.rand(32, 4), torch.randint(3, (32,)))
+    snn = convert(nets.two_layers(), 4, data=data.tensors[0]).snn
+    loader = DataLoader(data, batch_size=8)
+    history = finetune(snn, loader, loader, epochs=2, checkpoint=str(tmp_path / "run"))
+    assert len(history) == 2
+    assert (tmp_path / "run").exists()
+
+
+def test_tied_weights_are_saved(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
+    net[2].weight = net[0].weight
+    x = torch.rand(8, 4)
+    conversion = convert(net, 4, data=x)
+    save(conversion, tmp_path / "tied.safetensors")
+    assert torch.equal(load(tmp_path / "tied.safetensors", source=net)(x), conversion.snn(x))
+
+
+def test_a_kept_module_with_two_inputs_keeps_both() -> None:
+    class Product(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a * b
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.product = nn.Linear(4, 4), Product()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.a(x))
+            return self.product(y, y + 1)
+
+    snn = convert(Two(), 4, data=torch.rand(8, 4), rules={Product: keep}).snn
+    assert snn(torch.rand(3, 4)).shape == (3, 4)
+
+
+def test_a_source_with_another_stride_is_refused(tmp_path: Path) -> None:
+    def net(padding: int, stride: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 2, 3, stride, padding), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2)).eval()
+
+    ann, other = net(1, 2), net(0, 1)
+    x = torch.rand(4, 1, 4, 4)
+    ann(x), other(x)
+    save(convert(ann, 4, data=x), tmp_path / "a.safetensors")
+    with pytest.raises(ArtifactError, match="another graph"):
+        load(tmp_path / "a.safetensors", source=other)
+
+
+def test_a_percentile_among_the_zeros_is_a_silent_channel() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    with torch.no_grad():
+        net[0].weight.copy_(torch.eye(4)[:3])
+        net[0].bias.copy_(torch.tensor([0.0, 0.0, -0.95]))
+    theta = calibrate(prepare(net, (4,)), Percentile(90.0), 4, torch.rand(2000, 4)).v_threshold["1"]
+    assert float(theta[2]) > 0.5
