@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -142,7 +143,7 @@ def _activations_to_modules(model: fx.GraphModule, decisions: Decisions) -> dict
             path = unique_path(
                 model, f"{owner}.{type(module).__name__.lower()}" if owner else type(module).__name__.lower()
             )
-        model.add_submodule(path, module)
+        model.add_submodule(path, copy.deepcopy(module))  # a shared one would share its observers
         with model.graph.inserting_before(node):
             call = model.graph.call_module(path, (node.args[0] if node.args else node.kwargs["input"],))
         call.meta = dict(node.meta)
@@ -210,7 +211,7 @@ def _pooled(model: fx.GraphModule, pool: fx.Node, source: fx.Node, by_path: dict
         new_path = path
         if len(source.users) > 1 or len(behind.users) > 1:
             new_path = unique_path(model, path)
-            model.add_submodule(new_path, model.get_submodule(path))
+            model.add_submodule(new_path, copy.deepcopy(model.get_submodule(path)))
             by_path[new_path] = by_path[path]
         activation = graph.call_module(new_path, (new_pool,))
     activation.meta = dict(source.meta)

@@ -21,6 +21,19 @@ from lmh.finetune import finetune
 from lmh.qcfs import QCFS
 
 
+def test_calls_of_a_reused_activation_are_calibrated_apart() -> None:
+    class Reused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.relu = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(100 * self.b(self.relu(self.a(x))))
+
+    theta = convert(Reused(), 4, data=torch.rand(64, 4), calibration=Max()).calibration.v_threshold
+    assert float(theta["relu_1"].max()) > 5 * float(theta["relu"].max())
+
+
 class Scaled(nn.Module):
     """BatchNorm, then arithmetic with plain numbers, then a ReLU."""
 
