@@ -1,0 +1,148 @@
+"""Tracing by torch.export: for models whose Python control flow defeats symbolic tracing."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from ...errors import ArgumentError, AuditError
+from .importer import modules_from_export
+from .leaves import in_the_table, restore_leaves
+from .quiet import quiet
+
+LARGEST_BATCH = 2**20
+_TORCH = Path(torch.__file__).parent
+_STDLIB = Path(sysconfig.get_path("stdlib"))
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s+(.+)')
+
+
+def trace_by_export(
+    model: nn.Module, example: Tensor, *, is_leaf: Callable[[nn.Module], bool] = in_the_table
+) -> fx.GraphModule:
+    """Return a graph of a copy of ``model``, traced by torch.export with the batch size free.
+
+    torch.export runs the forward, so that everything in it which does not depend on the values of tensors may be
+    Python: shapes, attributes, loops, assertions, early returns. What it did for the example's shape is what the
+    graph does.
+
+    Args:
+        model: the network; not changed.
+        example: one batch [N, *F], N ≥ 1, on the model's device. Its values do not matter.
+        is_leaf: which modules are kept whole, if they take one tensor and return one; those that the op table knows,
+            unless given.
+
+    Returns:
+        The network in eval mode, as :func:`modules_from_export` gives it.
+
+    Raises:
+        AuditError: naming the line of the forward that depends on the values of tensors, fixes the batch size, or
+            cannot be traced for another reason.
+        ArgumentError: if the model cannot be run on the example.
+
+    >>> class Deep(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.layer = nn.Linear(4, 4)
+    ...     def forward(self, x):
+    ...         for _ in range(3 if x.shape[1] == 4 else 1):
+    ...             x = torch.relu(self.layer(x))
+    ...         return x
+    >>> graph = trace_by_export(Deep(), torch.zeros(1, 4))
+    >>> sum(node.target == "layer" for node in graph.graph.nodes)
+    3
+    """
+    copied = copy.deepcopy(model).eval()
+    imported = modules_from_export(_exported(copied, _at_least_two(example)))
+    restore_leaves(imported, copied, is_leaf)
+    return imported
+
+
+def _at_least_two(example: Tensor) -> Tensor:
+    """Return a batch of more than one: torch.export takes a size of 1 for a constant."""
+    if example.ndim == 0 or example.shape[0] == 0:
+        raise ArgumentError(
+            f"trace_by_export: the example has the shape {list(example.shape)}; expected a batch [N, …]. "
+            "Pass torch.zeros(2, 3, 224, 224), say."
+        )
+    return example.detach().repeat(2, *[1] * (example.ndim - 1)) if example.shape[0] == 1 else example.detach()
+
+
+def _exported(model: nn.Module, example: Tensor) -> ExportedProgram:
+    """Export without Python analysis first, which is faster and follows more; ``len(x)`` needs the analysis."""
+    batch: Any = {0: Dim("batch", min=1, max=LARGEST_BATCH)}
+    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    if first is not None and first.kind is first.VAR_POSITIONAL:
+        batch = (batch,)
+    errors: list[Exception] = []
+    for strict in (False, True):
+        try:
+            with quiet():
+                return torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=strict)
+        except Exception as error:  # whatever the model's forward or torch.export raises
+            errors.append(error)
+    _check_runs(model, example, errors[0])
+    raise AuditError([_refusal(errors)]) from errors[0]
+
+
+def _check_runs(model: nn.Module, example: Tensor, cause: Exception) -> None:
+    try:
+        with torch.no_grad():
+            model(example.clone())
+    except Exception as error:
+        where = next(iter(_lines([error])), type(model).__name__)
+        raise ArgumentError(
+            f"{where}: the model cannot be run on an input of shape {['N', *example.shape[1:]]} ({_reason(error)}). "
+            "Pass example_input (on the command line --input-size C,H,W) of the shape that the model expects."
+        ) from cause
+
+
+def _refusal(errors: list[Exception]) -> str:
+    where = next(iter(_lines(errors)), "the model's forward")
+    text = str(errors[0])
+    if "Constraints violated" in text:
+        allowed = re.findall(r"^ *(batch = .+)$", "\n".join(map(str, errors)), re.MULTILINE)
+        shown = f" ({allowed[-1]})" if allowed else ""
+        return (
+            f"{where} fixes the batch size{shown}; expected a forward that serves every batch size. "
+            "Take sizes from x.size(0), not len(x), or use x.flatten(1); leave the batch out of decisions."
+        )
+    if "data-dependent" in text.lower() or "data dependent" in text.lower():
+        return (
+            f"{where} depends on the values of tensors; expected a forward that runs the same nodes for every input. "
+            "Move the decision out of forward, or use torch.where."
+        )
+    return (
+        f"{where} can be followed neither by torch.fx nor by torch.export ({_reason(errors[0])}); expected tensor "
+        "operations of torch. Rewrite that line with them, or put it into a module of its own and give that a rule."
+    )
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _lines(errors: list[Exception]) -> Iterator[str]:
+    """Yield the line of the user's code that each error came from, by its traceback or else by its text."""
+    for error in errors:
+        frames = [(frame.filename, frame.lineno, frame.line) for frame in traceback.extract_tb(error.__traceback__)]
+        frames += _FRAME.findall(str(error))
+        own = [frame for frame in frames if _is_users(frame[0])]
+        if own:
+            file, number, line = own[-1]
+            yield f"{file}:{number}: `{str(line).strip()}`"
+
+
+def _is_users(file: str) -> bool:
+    path = Path(file)
+    of_python = _STDLIB in path.parents and not {"site-packages", "dist-packages"} & set(path.parts)
+    return not (file.startswith("<") or _TORCH in path.parents or of_python or path == Path(__file__))
