@@ -34,6 +34,7 @@ class FileKind(Enum):
     SAFETENSORS = "a .safetensors file"
     TORCHSCRIPT = "a TorchScript archive"
     EXPORTED = "a torch.export archive (.pt2)"
+    ONNX = "an ONNX model"
 
 
 def kind_of_file(path: Path) -> FileKind:
@@ -56,6 +57,10 @@ def kind_of_file(path: Path) -> FileKind:
         return FileKind.SAFETENSORS
     if head[:1] == b"\x80":
         return FileKind.TORCH_LEGACY
+    from .onnx_import import is_onnx  # onnx is slow to import, and few files need it
+
+    if is_onnx(path):
+        return FileKind.ONNX
     raise SourceError(
         f"{path}: begins with {head!r}, which no PyTorch file does; expected a file of torch.save or a .safetensors. "
         "Save the state_dict with torch.save(model.state_dict(), file)."
@@ -92,6 +97,10 @@ def read_object(path: Path, *, trust_pickle: bool = False) -> Any:
     """
     kind = kind_of_file(path)
     match kind:
+        case FileKind.ONNX:
+            from .onnx_import import import_onnx
+
+            return import_onnx(path)
         case FileKind.SAFETENSORS:
             return _read_safetensors(path)
         case FileKind.TORCHSCRIPT | FileKind.EXPORTED:

@@ -306,3 +306,12 @@ def test_a_network_of_ones_own_is_loaded_from_the_file_it_was_made_from() -> Non
     torch.save(net, "net.pt")
     with pytest.raises(ArtifactError, match=r"net\.pt: its sha256 is .* expected the same file"):
         convert.load("net-snn-T2.safetensors", source="net.pt")
+
+
+def test_an_onnx_file_is_a_source(tmp_path: Path) -> None:
+    net = zoo.load("digits-cnn")
+    x = torch.rand(3, 1, 8, 8)
+    file = tmp_path / "network.bin"
+    torch.onnx.export(net, (x,), str(file), dynamo=False)
+    source = convert.load_source(str(file))
+    assert torch.allclose(source.model(x), net(x), atol=1e-5)
