@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import torch
 
 from ..artifact import is_there, user_path
 from ..calibrate import Policy
-from ..cli import run
+from ..cli import command_line, run
 from ..errors import ArgumentError, ArtifactError, DataError
 from ..evaluation import evaluate
 from ..records import Evaluation, plain_value
@@ -67,11 +66,9 @@ class Job:
 )
 @click.option("--train-samples", type=_POSITIVE, help="Training images to fine-tune on; all unless given.")
 @click.option("--test-samples", type=_POSITIVE, help="Test images to measure on; all unless given.")
-@click.option("--input-size", type=NumbersType(int, 3, "3,224,224"), metavar="C,H,W", help="Input size.")
-@click.option("--mean", type=NumbersType(float, None, "0.5,0.5,0.5"), metavar="R,G,B", help="Mean of pixels in [0, 1].")
-@click.option(
-    "--std", type=NumbersType(float, None, "0.2,0.2,0.2"), metavar="R,G,B", help="Deviation of pixels in [0, 1]."
-)
+@click.option("--input-size", type=NumbersType(int, "3,224,224"), metavar="C,H,W", help="Size of one input sample.")
+@click.option("--mean", type=NumbersType(float, "0.5,0.5,0.5"), metavar="R,G,B", help="Mean of pixels in [0, 1].")
+@click.option("--std", type=NumbersType(float, "0.2,0.2,0.2"), metavar="R,G,B", help="Deviation of pixels in [0, 1].")
 @click.option(
     "--finetune", "epochs", type=click.IntRange(0, 30), default=0, metavar="EPOCHS", help="STBP epochs, at most 30."
 )
@@ -106,7 +103,7 @@ def convert_command(
     surgery: str | None,
     dry_run: bool,
     **options: Any,
-) -> None:
+) -> int:
     """Convert SOURCE to a spiking network of LM-H neurons.
 
     SOURCE is zoo:NAME, torchvision:NAME, or a file: a state_dict, a checkpoint that holds one, or a pickled module.
@@ -135,6 +132,7 @@ def convert_command(
         print_fates(terminal.out, result)
     else:
         print_result(terminal.out, result)
+    return 1 if result.get("problems") else 0
 
 
 def default_output(source: str, timesteps: int) -> Path:
@@ -180,10 +178,19 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         key: result[key]
         for key in ("samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error", "training_free")
     }
-    command = shlex.join(["lmh-convert", *sys.argv[1:]])
-    save(conversion, job.output, source=source.record(), metrics=metrics, seed=job.amounts.seed, command=command,
-         data=job.data, samples=inputs.order, epochs=job.epochs, nodes=result["nodes"],
-         preprocessing=plain_value(inputs.preprocessing))  # fmt: skip
+    save(
+        conversion,
+        job.output,
+        source=source.record(),
+        metrics=metrics,
+        seed=job.amounts.seed,
+        command=command_line(),
+        data=job.data,
+        samples=inputs.order,
+        epochs=job.epochs,
+        nodes=result["nodes"],
+        preprocessing={**plain_value(inputs.preprocessing), "assumed": list(inputs.assumed)},
+    )
     if job.epochs:
         _checkpoint(job).unlink(missing_ok=True)
     return result

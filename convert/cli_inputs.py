@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,8 +48,8 @@ class PolicyType(click.ParamType):
 class NumbersType(click.ParamType):
     """Numbers separated by commas."""
 
-    def __init__(self, kind: type[int] | type[float], count: int | None, example: str) -> None:
-        self.kind, self.count, self.example = kind, count, example
+    def __init__(self, kind: type[int] | type[float], example: str) -> None:
+        self.kind, self.example = kind, example
         self.name = "numbers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
@@ -60,16 +61,18 @@ class NumbersType(click.ParamType):
         except ValueError:
             self.fail(f"{value!r}: expected numbers separated by commas, as in {self.example}.", param, ctx)
         finite = all(math.isfinite(number) for number in numbers)
-        if not finite or (self.count not in (None, len(numbers))) or (self.kind is int and min(numbers) < 1):
-            self.fail(f"{value!r}: expected {self.example}.", param, ctx)
+        if not finite or (self.kind is int and min(numbers) < 1):
+            what = "whole numbers above 0" if self.kind is int else "finite numbers"
+            self.fail(f"{value!r}: expected {what}, as in {self.example}.", param, ctx)
         return numbers
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a job reads: batches by purpose, and how images become input."""
+    """What a job reads: batches by purpose, how samples become input, and which parts of that were assumed."""
 
     preprocessing: Preprocessing
+    assumed: tuple[str, ...]
     calibration: Batches | None
     train: Batches | None
     val: Batches | None
@@ -106,32 +109,43 @@ def open_inputs(
     """
     known = source.card.preprocessing if source.card else None
     size = input_size or (known.input_size if known else None)
-    data = None if spec is None else zoo.load_data(spec, input_size=_size(size or IMAGENET.input_size))
-    notices = []
+    data = None if spec is None else zoo.load_data(spec, input_size=size or IMAGENET.input_size)
+    assumed = []
     if size is None:
         size = IMAGENET.input_size
         if data is not None and isinstance(data.test, ArraySplit):
             size = tuple(data.test.pixels.shape[1:])
-        notices.append(f"Input size {','.join(map(str, size))} was assumed; --input-size overrides it.")
+        assumed.append("input_size")
     if mean is None or std is None:
         fallback = known if known and known.input_size[0] == size[0] else _last_resort(size[0])
+        if fallback is not known:
+            assumed += [name for name, given in (("mean", mean), ("std", std)) if given is None]
         mean, std = mean or fallback.mean, std or fallback.std
-        if fallback is not known and data is not None:
-            notices.append(
-                f"Normalisation is not known; mean {_list(mean)} and std {_list(std)} were assumed. "
-                "--mean and --std override."
-            )
-    preprocessing = Preprocessing(_size(size), mean, std)
+    preprocessing = Preprocessing(size, mean, std)
     if data is None:
-        return Inputs(preprocessing, None, None, None, None, None, tuple(notices))
+        notices = assumption_notices(preprocessing, [name for name in assumed if name == "input_size"])
+        return Inputs(preprocessing, tuple(assumed), None, None, None, None, None, notices)
     augmentation = source.card.augmentation if source.card else CropFlip(padding=0, flip=False)
     inputs = _batches(data, preprocessing, augmentation, timesteps, amounts)
-    return replace(inputs, notices=(*notices, f"Samples: {inputs.order}."))
+    said = (*assumption_notices(preprocessing, assumed), *_resize_notice(data, preprocessing))
+    return replace(inputs, assumed=tuple(assumed), notices=(*said, f"Samples: {inputs.order}."))
 
 
-def _size(size: tuple[int, ...]) -> tuple[int, int, int]:
-    channels, height, width = size
-    return channels, height, width
+def assumption_notices(preprocessing: Preprocessing, assumed: Sequence[str]) -> tuple[str, ...]:
+    """Say what nobody named: ``assumed`` holds field names of :class:`Preprocessing`."""
+    if not assumed:
+        return ()
+    values = ", ".join(f"{name.replace('_', ' ')} {_list(getattr(preprocessing, name))}" for name in assumed)
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in assumed)
+    return (f"Assumed, as nothing says it: {values}. Give {options} if the model was trained otherwise.",)
+
+
+def _resize_notice(data: zoo.DataSet, preprocessing: Preprocessing) -> tuple[str, ...]:
+    wanted = tuple(preprocessing.input_size[1:])
+    if not isinstance(data.test, ArraySplit) or (have := tuple(data.test.pixels.shape[2:])) == wanted:
+        return ()
+    shown = ("×".join(map(str, size)) for size in (have, wanted))
+    return ("Images are resized from {} to {}, the model's input size; --input-size overrides it.".format(*shown),)
 
 
 def _last_resort(channels: int) -> Preprocessing:
@@ -140,14 +154,14 @@ def _last_resort(channels: int) -> Preprocessing:
     return Preprocessing((channels, 1, 1), (0.5,) * channels, (0.5,) * channels)
 
 
-def _list(values: tuple[float, ...]) -> str:
+def _list(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
 
 
 def evaluation_batch(preprocessing: Preprocessing, timesteps: int) -> int:
     """Return a batch size whose timed activations stay near the processor: fewer for larger images and T."""
-    _, height, width = preprocessing.input_size
-    return max(4, min(256, 2**18 // (timesteps * height * width)))
+    pixels = math.prod(preprocessing.input_size[1:])
+    return max(4, min(256, 2**18 // (timesteps * pixels)))
 
 
 def training_batch(count: int) -> int:
@@ -165,12 +179,13 @@ def _batches(
     test = _test_order(data.test, amounts)
     calibration = order[: amounts.calibration]
     said = (
-        f"calibration the first {len(calibration)} of {len(order)} training samples, "
-        f"test {len(test)} of {len(data.test)}, "
-        f"both in the order of seed {amounts.seed}"
+        f"calibration the first {len(calibration)} of {len(order)} training samples, fine-tuning the first "
+        f"{len(train)}, held out {len(held_out)} after them, test {len(test)} of {len(data.test)}, "
+        f"all in the order of seed {amounts.seed}"
     )
     return Inputs(
         preprocessing,
+        (),
         Batches(data.train, preprocessing, small, calibration),
         Batches(data.train, preprocessing, training_batch(len(train)), train, augmentation, amounts.seed),
         Batches(data.train, preprocessing, small, held_out) if len(held_out) else None,

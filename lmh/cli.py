@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -65,6 +66,13 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         _say(arguments, "interrupted", None)
         return 130
     return result if isinstance(result, int) else 0
+
+
+def command_line() -> str:
+    """Return the running command as a user can type it again, for a file's record."""
+    root = click.get_current_context().find_root()
+    name = "lmh" if isinstance(root.command, click.Group) else root.command.name or "lmh"
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def _say(arguments: list[str], message: str, usage: click.UsageError | None) -> None:

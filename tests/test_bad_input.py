@@ -250,7 +250,7 @@ def test_thresholds_that_need_data_are_refused_without_and_found_with_data() -> 
         (["--data", "digits", "--finetune", 31], ["--finetune", "31", "0<=x<=30"]),
         (["--arch", "digits-cn"], ["--arch", "'digits-cn'", "nearest: digits-cnn"]),
         (["--arch", "torchvision:resnet19"], ["--arch", "torchvision:resnet18"]),
-        (["--input-size", "1,8"], ["--input-size", "'1,8'", "3,224,224"]),
+        (["--input-size", "1,a"], ["--input-size", "'1,a'", "3,224,224"]),
         (["--input-size", "a,b,c"], ["--input-size", "'a,b,c'", "3,224,224"]),
         (["--input-size", "1,0,8"], ["--input-size", "'1,0,8'", "3,224,224"]),
         (["--mean", "dark"], ["--mean", "'dark'", "0.5,0.5,0.5"]),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import tomllib
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +12,7 @@ import click
 import torch
 
 from ..artifact import versions, write_tensors
+from ..cli import command_line
 from ..errors import ArgumentError
 from ..terminal import Terminal
 from .data import load_data
@@ -127,7 +126,7 @@ def train(settings: dict[str, Any], out: Path, terminal: Terminal) -> tuple[Path
         "accuracy": measured,
         "test_samples": len(data.test),
         "versions": versions(),
-        "command": shlex.join(["lmh", *sys.argv[1:]]),
+        "command": command_line(),
     }
     path = out / f"{found.name}.safetensors"
     write_tensors(path, model.state_dict(), {"record": facts})

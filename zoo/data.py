@@ -90,7 +90,7 @@ class FolderSplit:
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
-def load_data(spec: str, *, input_size: tuple[int, int, int] = (3, 224, 224)) -> DataSet:
+def load_data(spec: str, *, input_size: tuple[int, ...] = (3, 224, 224)) -> DataSet:
     """Open a data set.
 
     Args:
@@ -101,12 +101,17 @@ def load_data(spec: str, *, input_size: tuple[int, int, int] = (3, 224, 224)) ->
 
     Raises:
         ArgumentError: for a spec that is none of these.
-        DataError: saying what is missing and where it was looked for.
+        DataError: saying what is missing or does not fit, and where it was looked for.
 
     >>> data = load_data("digits")
     >>> len(data.train), len(data.test), data.classes[3]
     (1437, 360, '3')
     """
+    if len(input_size) != 3:
+        raise DataError(
+            f"{spec} holds images and the input size is {','.join(map(str, input_size))}; expected C,H,W. Convert "
+            "without a data set, or by lmh.convert.convert(model, …, data=batches)."
+        )
     kind, _, where = spec.partition(":")
     if kind == "digits" and not where:
         return _digits()
@@ -185,7 +190,7 @@ def _cifar(spec: str, path: Path) -> DataSet:
     return DataSet(spec, splits[0], splits[1], tuple(parts[0].classes))
 
 
-def _folder(spec: str, path: Path, input_size: tuple[int, int, int]) -> DataSet:
+def _folder(spec: str, path: Path, input_size: tuple[int, ...]) -> DataSet:
     if not (is_there(path) and path.is_dir()):
         raise DataError(f"{path}: no such folder; expected one with train/ and test/ (or val/) of class folders.")
     train = path / "train"
@@ -197,11 +202,17 @@ def _folder(spec: str, path: Path, input_size: tuple[int, int, int]) -> DataSet:
         )
     if not test.is_dir():
         raise DataError(f"{path}: has neither test/ nor val/; expected one of them, with a folder for each class.")
+    strange = sorted(entry.name for entry in test.iterdir() if entry.is_dir() and entry.name not in classes)
+    if strange:
+        raise DataError(
+            f"{test}: has the classes {', '.join(strange[:5])}, which {train} has not; expected the classes of train/. "
+            "Add them there, or take them out."
+        )
     splits = [_folder_split(part, classes, input_size) for part in (train, test)]
     return DataSet(spec, splits[0], splits[1], tuple(classes))
 
 
-def _folder_split(path: Path, classes: list[str], input_size: tuple[int, int, int]) -> FolderSplit:
+def _folder_split(path: Path, classes: list[str], input_size: tuple[int, ...]) -> FolderSplit:
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):

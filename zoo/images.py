@@ -19,12 +19,12 @@ class Preprocessing:
     """Input size and normalisation, x = (pixel/255 − mean)/std per channel.
 
     Attributes:
-        input_size: (C, H, W).
+        input_size: (C, H, W) for images; networks of other signals have (C, *F) and take no data set.
         mean: per channel, in units of full brightness.
         std: per channel, likewise.
     """
 
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
