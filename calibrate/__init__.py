@@ -13,9 +13,21 @@ from ..records import Calibration, Prepared, Spike, plain_value
 from ..spiking import PerLayer
 from .histogram import Histogram, observe
 from .policies import BatchNormStatistics, Max, MinError, Percentile, Policy
+from .refit import refit, stand_ins
 from .statistics import predicted_histograms
 
-__all__ = ["BatchNormStatistics", "Max", "MinError", "Percentile", "Policy", "automatic", "calibrate", "policy_text"]
+__all__ = [
+    "BatchNormStatistics",
+    "Max",
+    "MinError",
+    "Percentile",
+    "Policy",
+    "automatic",
+    "calibrate",
+    "policy_text",
+    "refit",
+    "stand_ins",
+]
 
 
 FROM_QCFS = "taken over from QCFS"

@@ -22,6 +22,7 @@ from ..results import describe_network
 from ..terminal import Terminal, print_fates, print_result
 from ..time_axis import MAX_TIMESTEPS
 from .cli_inputs import SEED, Amounts, Inputs, NumbersType, PolicyType, open_inputs
+from .export_cli import FORMATS, FORMATS_HELP, export_as, export_files
 from .loading import Source, load_source
 from .pipeline import Conversion, convert
 from .prepare import examine
@@ -50,6 +51,7 @@ class Job:
     output: Path
     keep: tuple[str, ...]
     surgery: ReluSurgery | None
+    exports: tuple[str, ...]
 
 
 @click.command("lmh-convert", context_settings={"max_content_width": 100})
@@ -85,6 +87,9 @@ class Job:
     "--surgery",
     type=click.Choice(["relu"]),
     help="Let neurons stand in for SiLU, GELU and the like, and keep gates and normalisations analog.",
+)
+@click.option(
+    "--export", "exports", type=FORMATS, multiple=True, help=f"Also write this format; may be repeated. {FORMATS_HELP}"
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would become of every node; convert nothing.")
 @click.option(
@@ -186,13 +191,16 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         seed=job.amounts.seed,
         command=command_line(),
         data=job.data,
-        samples=inputs.order,
+        samples=f"{inputs.order}; {inputs.training}" if job.epochs else inputs.order,
         epochs=job.epochs,
         nodes=result["nodes"],
         preprocessing={**plain_value(inputs.preprocessing), "assumed": list(inputs.assumed)},
     )
     if job.epochs:
         _checkpoint(job).unlink(missing_ok=True)
+    for name, file in zip(job.exports, export_files(job.output, job.exports), strict=True):
+        with terminal.stage(f"exporting to {name}", None):
+            result["exports"].append(export_as(name, conversion, file).to_json())
     return result
 
 
@@ -227,9 +235,10 @@ def _checkpoint(job: Job) -> Path:
 def _check_output(job: Job) -> None:
     """Find out before the work whether the result can be written."""
     inputs = {"the source": user_path(job.source), "the data": user_path((job.data or "").partition(":")[2])}
-    for what, path in inputs.items():
-        if is_there(path) and is_there(job.output) and job.output.samefile(path):
-            raise click.UsageError(f"--output {job.output} is {what}, which is never overwritten. Choose another file.")
+    for file in (job.output, *export_files(job.output, job.exports)):
+        for what, path in inputs.items():
+            if is_there(path) and is_there(file) and file.samefile(path):
+                raise click.UsageError(f"{file} is {what}, which is never overwritten. Choose another --output.")
     try:
         with tempfile.NamedTemporaryFile(prefix=f".{job.output.name}.", dir=job.output.parent):
             pass
@@ -288,6 +297,7 @@ def _finetune(job: Job, conversion: Conversion, source: Source, inputs: Inputs, 
 
     if inputs.train is None or getattr(inputs.train.split, "labels", None) is None:
         raise DataError(f"{job.data}: no labelled training samples; expected some for --finetune.")
+    terminal.notice(f"Samples: {inputs.training}.")
     with terminal.stage("fine-tuning", job.epochs * len(inputs.train)) as advance:
         finetune(
             conversion.snn,

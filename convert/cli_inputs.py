@@ -78,6 +78,7 @@ class Inputs:
     val: Batches | None
     test: Batches | None
     order: str | None
+    training: str | None
     notices: tuple[str, ...] = ()
 
 
@@ -124,7 +125,7 @@ def open_inputs(
     preprocessing = Preprocessing(size, mean, std)
     if data is None:
         notices = assumption_notices(preprocessing, [name for name in assumed if name == "input_size"])
-        return Inputs(preprocessing, tuple(assumed), None, None, None, None, None, notices)
+        return Inputs(preprocessing, tuple(assumed), None, None, None, None, None, None, notices)
     augmentation = source.card.augmentation if source.card else CropFlip(padding=0, flip=False)
     inputs = _batches(data, preprocessing, augmentation, timesteps, amounts)
     said = (*assumption_notices(preprocessing, assumed), *_resize_notice(data, preprocessing))
@@ -179,10 +180,10 @@ def _batches(
     test = _test_order(data.test, amounts)
     calibration = order[: amounts.calibration]
     said = (
-        f"calibration the first {len(calibration)} of {len(order)} training samples, fine-tuning the first "
-        f"{len(train)}, held out {len(held_out)} after them, test {len(test)} of {len(data.test)}, "
-        f"all in the order of seed {amounts.seed}"
+        f"calibration the first {len(calibration)} of {len(order)} training samples, test {len(test)} of "
+        f"{len(data.test)}, both in the order of seed {amounts.seed}"
     )
+    training = f"fine-tuning on the first {len(train)} of the same order, {len(held_out)} after them held out"
     return Inputs(
         preprocessing,
         (),
@@ -191,6 +192,7 @@ def _batches(
         Batches(data.train, preprocessing, small, held_out) if len(held_out) else None,
         Batches(data.test, preprocessing, small, test),
         said,
+        training,
     )
 
 

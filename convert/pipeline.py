@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from ..calibrate import FROM_QCFS, Policy, automatic, calibrate
+from ..calibrate import FROM_QCFS, Policy, automatic, calibrate, refit, stand_ins
 from ..errors import ArgumentError
 from ..ops import Kind, kind_of, label, module_of
 from ..records import Calibration, Prepared, Report, Spike
@@ -17,6 +19,8 @@ from ..time_axis import TimeAxis
 from .prepare import prepare
 from .rules import ReluSurgery, Rules
 from .spike import DirectCoding, Encoding, EventFrames, spike
+
+REFIT_SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -112,12 +116,19 @@ def convert(
     recipe = Recipe(timesteps, neuron or LMH(), encoding, sample_shape, tuple(keep), surgery is not None)
     prepared = prepare(ann, sample_shape, rules=rules, keep=recipe.keep, surgery=surgery)
     notices = []
+    if isinstance(encoding, EventFrames) and data is not None:
+        data = _frames(data)
+    if data is not None and (strange := stand_ins(prepared)):
+        images, data = _gathered(data, REFIT_SAMPLES)
+        prepared = refit(prepared, images)
+        notices.append(
+            f"ReLUs stand in for {len(strange)} activations that are no rectifiers; BatchNorm and biases were refit on "
+            f"{len(images)} samples. Fine-tune to win back the rest."
+        )
     if not isinstance(calibration, Calibration):
         policy = calibration
         if policy is None:
             policy = automatic(data is not None)
-        if isinstance(encoding, EventFrames) and data is not None:
-            data = _frames(data)
         without = calibration is None and data is None
         calibration = calibrate(prepared, policy, timesteps, data)
         if without and calibration.policy != FROM_QCFS:
@@ -184,12 +195,18 @@ def _first_batch(
     if first is None:
         raise ArgumentError("convert: data= gave no batch; expected at least one. Check the data set.")
     example = first if isinstance(first, Tensor) else first[0]
-    return (_chain(first, data) if isinstance(data, Iterator) else data), example
+    return (chain([first], data) if isinstance(data, Iterator) else data), example
 
 
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
+def _gathered(data: Iterable[Any], count: int) -> tuple[Tensor, Iterable[Any]]:
+    """Return the first ``count`` samples or a few more as one batch, and the data, still whole."""
+    batches: list[Any] = []
+    images: list[Tensor] = []
+    iterator = iter(data)
+    while sum(map(len, images)) < count and (batch := next(iterator, None)) is not None:
+        batches.append(batch)
+        images.append(batch if isinstance(batch, Tensor) else batch[0])
+    return torch.cat(images), (chain(batches, iterator) if isinstance(data, Iterator) else data)
 
 
 def _frames(data: Iterable[Any]) -> Iterator[Tensor]:

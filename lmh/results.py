@@ -47,6 +47,7 @@ def describe_network(
         "nodes": {fate: list(paths) for fate, paths in nodes.items()},
         "energy": _energy(evaluation.layers) if evaluation else None,
         "output": output,
+        "exports": [],
         "notices": list(notices),
     }
 

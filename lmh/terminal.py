@@ -85,6 +85,11 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     )
     if result["output"]:
         console.print(f"Written: {result['output']}", soft_wrap=True)
+    for export in result["exports"]:
+        console.print(f"Written: {export['file']}. {export['check']}", markup=False, soft_wrap=True)
+        lost = len(export["lost"])
+        if lost:
+            console.print(f"{export['format']} cannot hold all of {lost} places; --json lists what was lost.")
 
 
 def print_fates(console: Console, result: dict[str, Any]) -> None:

@@ -89,11 +89,14 @@ def test_images_that_are_resized_are_announced() -> None:
 
 
 def test_the_samples_of_every_purpose_are_stated() -> None:
-    found = result("convert", "zoo:digits-cnn", "--data", "digits", "--train-samples", 100, *FAST)
-    assert found["notices"][0] == (
-        "Samples: calibration the first 32 of 1437 training samples, fine-tuning the first 100, held out 500 after "
-        "them, test 20 of 360, all in the order of seed 0."
-    )
+    tuned = ("--finetune", 1, "--train-samples", 100)
+    status, out, err = command("convert", "zoo:digits-cnn", "--data", "digits", *tuned, *FAST)
+    assert status == 0
+    calibration = "calibration the first 32 of 1437 training samples, test 20 of 360, both in the order of seed 0"
+    training = "fine-tuning on the first 100 of the same order, 500 after them held out"
+    assert f"Samples: {calibration}." in err
+    assert f"Samples: {training}." in err
+    assert manifest(json.loads(out)["output"])["samples"] == f"{calibration}; {training}"
 
 
 def test_a_network_that_the_api_saved_is_measured_once_its_normalisation_is_told() -> None:

@@ -241,7 +241,10 @@ def test_exact_refuses_with_every_site_and_reason(tmp_path: Path) -> None:
         assert f"  - {site}: start at v_init·θ: NIR gives no start" in text
         assert f"  - {site}: {COUPLED}" in text
     assert "  - relu: max-pool of currents: NIR has none" in text
-    assert text.endswith("Pass mode=Project() to write the nearest neurons and a list of what was lost.")
+    assert text.endswith(
+        "Pass mode=Project() (on the command line nir-project) to write the nearest neurons and a list of what was "
+        "lost."
+    )
 
 
 def test_the_mode_is_exact_unless_given(tmp_path: Path) -> None:

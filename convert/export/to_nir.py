@@ -127,7 +127,7 @@ def _refuse(path: Path, mode: Exact | Project, translation: Translation) -> None
         return
     count = f"{len(lines)} {'thing' if len(lines) == 1 else 'things'}"
     advice = (
-        "Pass mode=Project() to write the nearest neurons and a list of what was lost"
+        "Pass mode=Project() (on the command line nir-project) to write the nearest neurons and a list of what was lost"
         if not translation.problems
         else "Replace those operators in the ANN, or export to onnx or pt2"
     )
