@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import split_batch
 from ..errors import CalibrationError
 
 BINS = 1024
@@ -98,6 +99,7 @@ def observe(model: nn.Module, bounds: Mapping[str, float], batches: Iterable[Any
         A histogram for each path, and the number of samples seen.
 
     Raises:
+        ArgumentError: for batches of another form.
         CalibrationError: for values that are not finite, with the activation's path, or without any sample.
     """
     histograms: dict[str, Histogram] = {}
@@ -119,7 +121,7 @@ def observe(model: nn.Module, bounds: Mapping[str, float], batches: Iterable[Any
             )
             stack.callback(handle.remove)
         for batch in batches:
-            x = batch if isinstance(batch, Tensor) else batch[0]
+            x, _ = split_batch("calibrate: data", batch)
             model(x.to(parameter))
             samples += len(x)
     if samples == 0:

@@ -67,6 +67,10 @@ def load_source(name: str, *, arch: str | None = None, trust_pickle: bool = Fals
         SourceError: if it cannot be found or read.
         ArchitectureError: if its tensors fit no architecture, or not the one named.
         ArgumentError: for an unknown name.
+
+    >>> source = load_source("zoo:digits-cnn")
+    >>> source.card.preprocessing.input_size, source.record()["architecture"]
+    ((1, 8, 8), 'digits-cnn')
     """
     if arch is not None and name.startswith(("zoo:", TORCHVISION)):
         raise ArgumentError(f"arch={arch!r} came with {name}, which says its architecture. Leave it out.")

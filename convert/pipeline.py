@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..calibrate import FROM_QCFS, Policy, automatic, calibrate, refit, stand_ins
+from ..arguments import check_batches, check_kind, check_names, check_network, check_timesteps, refuse, split_batch
+from ..calibrate import FROM_QCFS, Policy, automatic, calibrate, check_policy, refit, stand_ins
 from ..errors import ArgumentError
 from ..ops import Kind, kind_of, label, module_of
 from ..records import Calibration, Prepared, Report, Spike
-from ..spiking import LMH, SpikingSite
-from ..time_axis import TimeAxis
+from ..spiking import LMH, SpikingSite, sites
 from .prepare import prepare
-from .rules import ReluSurgery, Rules
+from .rules import ReluSurgery, Rules, StandIns, merged
 from .spike import DirectCoding, Encoding, EventFrames, spike
 
 REFIT_SAMPLES = 128
@@ -33,7 +33,7 @@ class Recipe:
         encoding: what the input is.
         sample_shape: shape of one input sample.
         keep: paths that stay analog.
-        surgery: whether neurons stand in for what has no rule.
+        surgery: the types that neurons stand in for where no rule applies; None refuses them.
     """
 
     timesteps: int
@@ -41,10 +41,10 @@ class Recipe:
     encoding: Encoding = field(default_factory=DirectCoding)
     sample_shape: tuple[int, ...] = ()
     keep: tuple[str, ...] = ()
-    surgery: bool = False
+    surgery: StandIns | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Conversion:
     """What :func:`convert` returns.
 
@@ -61,6 +61,14 @@ class Conversion:
     report: Report
     recipe: Recipe
     prepared: Prepared
+
+    def __repr__(self) -> str:
+        report = self.report
+        return (
+            f"Conversion(timesteps={report.timesteps}, sites={len(sites(self.snn))}, "
+            f"calibration={report.calibration!r}, spiking_coverage={report.spiking_coverage:.3g}, "
+            f"notices={report.notices})"
+        )
 
 
 def convert(
@@ -104,16 +112,23 @@ def convert(
         AuditError: listing every node that no rule covers.
         CalibrationError: if thresholds cannot be found with what was given.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> conversion = convert(net, timesteps=4, data=torch.rand(16, 4))
     >>> conversion.snn(torch.rand(3, 4)).shape
     torch.Size([3, 2])
     """
-    TimeAxis(timesteps)
-    encoding = encoding or DirectCoding()
-    data, example = _first_batch(data, example_input)
+    check_network("convert: ann", ann)
+    check_timesteps(timesteps)
+    encoding = DirectCoding() if encoding is None else encoding
+    neuron = LMH() if neuron is None else neuron
+    kept = _checked_options(neuron, encoding, keep, surgery, rules)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        check_policy("convert: calibration", calibration)
+    data, example = _first_batch(data, example_input, encoding)
     sample_shape = tuple(example.shape[2:] if isinstance(encoding, EventFrames) else example.shape[1:])
-    recipe = Recipe(timesteps, neuron or LMH(), encoding, sample_shape, tuple(keep), surgery is not None)
+    replaced = None if surgery is None else StandIns.of(surgery)
+    recipe = Recipe(timesteps, neuron, encoding, sample_shape, kept, replaced)
     prepared = prepare(ann, sample_shape, rules=rules, keep=recipe.keep, surgery=surgery)
     notices = []
     if isinstance(encoding, EventFrames) and data is not None:
@@ -136,8 +151,41 @@ def convert(
     return assemble(prepared, calibration, recipe, tuple(notices))
 
 
+def _checked_options(
+    neuron: LMH, encoding: Encoding, keep: Iterable[str], surgery: ReluSurgery | None, rules: Rules | None
+) -> tuple[str, ...]:
+    """Refuse options of a wrong type, a class in the place of a value above all; return the paths to keep."""
+    check_kind("convert: neuron", neuron, LMH, "LMH(IF())", "LMH(LIF(0.5))")
+    check_kind("convert: encoding", encoding, (DirectCoding, EventFrames), "DirectCoding()", "EventFrames()")
+    if surgery is not None:
+        check_kind("convert: surgery", surgery, ReluSurgery, "ReluSurgery()")
+    if rules is not None:
+        check_kind("convert: rules", rules, Mapping, "rules={nn.GELU: as_neuron}")
+        merged(rules)
+    return check_names("convert: keep", keep)
+
+
 def assemble(prepared: Prepared, calibration: Calibration, recipe: Recipe, notices: tuple[str, ...] = ()) -> Conversion:
-    """Build the spiking network of a prepared ANN from a known calibration: what loading and replaying use."""
+    """Build the spiking network of a prepared ANN from a known calibration: what loading and replaying use.
+
+    Args:
+        prepared: from :func:`prepare`; not changed.
+        calibration: θ₀ and v_init of every site.
+        recipe: T, neurons and encoding.
+        notices: for the report, before those that this step adds.
+
+    Raises:
+        ArgumentError: if the calibration was made for other sites.
+        AuditError: if a node would mix time or batch with features.
+
+    >>> import torch
+    >>> from dataclasses import replace
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> first = convert(net, timesteps=4, data=torch.rand(16, 4))
+    >>> longer = assemble(first.prepared, first.calibration, replace(first.recipe, timesteps=8))
+    >>> longer.report.timesteps
+    8
+    """
     missing = [path for path in prepared.spiking if path not in calibration.v_threshold]
     if missing:
         raise ArgumentError(
@@ -177,24 +225,28 @@ def _approximations(snn: fx.GraphModule, prepared: Prepared, recipe: Recipe) -> 
 
 
 def _first_batch(
-    data: Iterable[Any] | Tensor | None, example_input: Tensor | None
+    data: Iterable[Any] | Tensor | None, example_input: Tensor | None, encoding: Encoding
 ) -> tuple[Iterable[Any] | None, Tensor]:
     """Return the data, still whole, and a batch that shows the input's shape."""
+    events = isinstance(encoding, EventFrames)
     if isinstance(data, Tensor):
-        data = data.split(128)
+        split_batch("convert: data", data)
+        data = list(data.split(128, dim=1 if events else 0))
+    elif data is not None:
+        check_batches("convert: data", data)
     if example_input is None and data is None:
         raise ArgumentError(
             "convert: neither data= nor example_input= was given; expected one of them to show the input's shape. "
             "Pass example_input=torch.zeros(1, 3, 224, 224), say."
         )
     if example_input is not None:
-        return data, example_input
+        return data, _checked_example(example_input, events)
     assert data is not None
     iterator: Iterator[Any] = iter(data)
     first = next(iterator, None)
     if first is None:
         raise ArgumentError("convert: data= gave no batch; expected at least one. Check the data set.")
-    example = first if isinstance(first, Tensor) else first[0]
+    example = _checked_example(split_batch("convert: data", first)[0], events)
     return (chain([first], data) if isinstance(data, Iterator) else data), example
 
 
@@ -205,10 +257,22 @@ def _gathered(data: Iterable[Any], count: int) -> tuple[Tensor, Iterable[Any]]:
     iterator = iter(data)
     while sum(map(len, images)) < count and (batch := next(iterator, None)) is not None:
         batches.append(batch)
-        images.append(batch if isinstance(batch, Tensor) else batch[0])
+        images.append(split_batch("convert: data", batch)[0])
     return torch.cat(images), (chain(batches, iterator) if isinstance(data, Iterator) else data)
+
+
+def _checked_example(example: Tensor, events: bool) -> Tensor:
+    least, wanted = (3, "[T, N, *F]") if events else (2, "[N, *F]")
+    if not isinstance(example, Tensor) or example.ndim < least:
+        raise refuse(
+            "convert: the example input",
+            example,
+            f"a tensor {wanted}",
+            "Pass example_input=torch.zeros(1, 3, 224, 224), say" + (", with T steps in front." if events else "."),
+        )
+    return example
 
 
 def _frames(data: Iterable[Any]) -> Iterator[Tensor]:
     for batch in data:
-        yield (batch if isinstance(batch, Tensor) else batch[0]).flatten(0, 1)
+        yield split_batch("convert: data", batch)[0].flatten(0, 1)

@@ -43,6 +43,9 @@ def prepare(
     Raises:
         AuditError: with every node that no rule covers.
         ArgumentError: if the input shape or the weights do not fit.
+
+    >>> prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), sample_shape=(4,)).spiking
+    ['1']
     """
     plan = Plan(merged(rules), frozenset(keep), surgery)
     model, decisions, fates, problems = _audited(ann, sample_shape, plan)

@@ -6,17 +6,24 @@ Assumptions, which every report states:
       the weights;
     - a layer fed by other values (sums of spikes, averages, analog activations) multiplies at every step;
       one that does not depend on time (the stem) or runs on the time mean (the head) does so once;
+    - a kept analog node counts the matrix products and convolutions inside it, at every step;
+    - for event frames the ANN runs on each of the T frames;
     - memory traffic, neuron updates and idle power are not counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 from .ops import Kind, argument, kind_of, module_of
 from .records import LayerWork
@@ -27,16 +34,17 @@ PICOJOULE_PER_MAC = 4.6
 PICOJOULE_PER_ACCUMULATE = 0.9
 ASSUMPTIONS = (
     "45 nm: 4.6 pJ per multiply-accumulate, 0.9 pJ per accumulate. The constant stem and the head on the time mean "
-    "count once, layers fed by non-binary values count multiply-accumulates at every step. Memory traffic and neuron "
-    "updates are not counted."
+    "count once, layers fed by non-binary values and kept analog nodes count multiply-accumulates at every step, and "
+    "for event frames the ANN runs on every frame. Memory traffic and neuron updates are not counted."
 )
+NO_PRODUCTS = (nn.LayerNorm, nn.RMSNorm, nn.Embedding)
 
 
 def picojoules(layers: Sequence[LayerWork]) -> tuple[float, float]:
     """Return the energy of the SNN and of the ANN for one sample, in pJ.
 
-    >>> picojoules([LayerWork("fc", ann_macs=100.0, accumulates=50.0, macs=0.0)])
-    (45.0, 460.0)
+    >>> picojoules([LayerWork("fc", ann_macs=10.0, accumulates=50.0, macs=0.0)])
+    (45.0, 46.0)
     """
     snn = sum(PICOJOULE_PER_ACCUMULATE * layer.accumulates + PICOJOULE_PER_MAC * layer.macs for layer in layers)
     return snn, sum(PICOJOULE_PER_MAC * layer.ann_macs for layer in layers)
@@ -74,6 +82,60 @@ def dense_macs(node: fx.Node, x: Tensor, output: Tensor) -> float:
     weight = _weight(node)
     side = x if _is_transposed(node) else output
     return weight[0].numel() * math.prod(side.shape[1:])
+
+
+def analog_macs(call: Callable[..., Any], module: nn.Module | None, inputs: Any) -> float | None:
+    """Return the multiply-accumulates of the matrix products and convolutions inside a kept node.
+
+    Counted on shapes alone, as the audit ran the node too, by what each operation dispatches to.
+
+    Args:
+        call: takes ``inputs`` as its arguments.
+        module: what the node calls, if it is a module.
+        inputs: (args, kwargs) with real tensors, of the whole batch.
+
+    Returns:
+        The count for the batch; None if it cannot be known: a part of the module with a weight matrix (an LSTM, a
+        kernel of one's own) ran without an operation that the counter knows.
+    """
+    counter = FlopCounterMode(display=False)
+    silent: list[nn.Module] = []
+    before: dict[nn.Module, int] = {}
+
+    def enter(part: nn.Module, _args: Any) -> None:
+        before[part] = counter.get_total_flops()
+
+    def leave(part: nn.Module, _args: Any, _output: Any) -> None:
+        if counter.get_total_flops() == before[part]:
+            silent.append(part)
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, which the counter does not know
+    try:
+        with ExitStack() as stack:
+            for part in [] if module is None else [part for part in module.modules() if _has_matrix(part)]:
+                stack.callback(part.register_forward_pre_hook(enter).remove)
+                stack.callback(part.register_forward_hook(leave).remove)
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, inputs)
+            stack.enter_context(counter)
+            call(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return None if silent else counter.get_total_flops() / 2
+
+
+def _has_matrix(part: nn.Module) -> bool:
+    return not isinstance(part, NO_PRODUCTS) and any(p.ndim > 1 for p in part.parameters(recurse=False))
+
+
+def uncounted_text(paths: Sequence[str]) -> str:
+    """Return the sentence about kept modules whose work is not in the figures."""
+    return (
+        f"The work of {', '.join(paths)} could not be counted, so the energy of the ANN and of the spiking network is "
+        "higher than given."
+    )
 
 
 def fan_out(node: fx.Node, x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class NodeFate:
     fate: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prepared:
     """An ANN in the form that calibration and SPIKE work on; its output equals the source's.
 
@@ -63,13 +63,19 @@ class Prepared:
     fates: tuple[NodeFate, ...]
     spiking_coverage: float = 1.0
 
+    def __repr__(self) -> str:
+        return (
+            f"Prepared({type(self.model).__name__}, sample_shape={self.sample_shape}, activations="
+            f"{len(self.activations)}, spiking={len(self.spiking)}, spiking_coverage={self.spiking_coverage:.3g})"
+        )
+
     @property
     def spiking(self) -> list[str]:
         """Paths of the activations that become neurons."""
         return [path for path, decision in self.activations.items() if isinstance(decision, Spike)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibration:
     """Where the neurons of a network start.
 
@@ -86,6 +92,12 @@ class Calibration:
     samples: int
     v_threshold: Mapping[str, Tensor]
     v_init: Mapping[str, Tensor]
+
+    def __repr__(self) -> str:
+        return (
+            f"Calibration(policy={self.policy!r}, timesteps={self.timesteps}, samples={self.samples}, "
+            f"sites={len(self.v_threshold)})"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that :meth:`from_json` reads back, exact for float32."""
@@ -131,13 +143,15 @@ class Report:
 
 @dataclass(frozen=True)
 class LayerWork:
-    """Work of one weighted layer for one sample, averaged over the samples seen.
+    """Work of one weighted layer, or of a kept node that multiplies matrices, for one sample.
+
+    Averaged over the samples seen.
 
     Attributes:
         path: of the layer.
-        ann_macs: multiply-accumulates of the ANN.
+        ann_macs: multiply-accumulates of the ANN; over all T frames for a network of event frames.
         accumulates: SynOps of the SNN over T steps: incoming spikes times their fan-out.
-        macs: multiply-accumulates of the SNN over T steps, where the layer's input is not binary.
+        macs: multiply-accumulates of the SNN over T steps, where the layer's input is not binary or the node is analog.
     """
 
     path: str
@@ -157,7 +171,8 @@ class Evaluation:
         agreement: fraction of samples where SNN and ANN give the same class, by t; None without ANN.
         output_error: mean ‖SNN − ANN‖ / mean ‖ANN‖ of the outputs at T; None without ANN.
         firing_rate: mean spikes per neuron and step, by site path.
-        layers: work by weighted layer.
+        layers: work by weighted layer and kept node.
+        uncounted: paths of kept modules with weights whose work could not be counted; the true work is higher.
     """
 
     samples: int
@@ -167,6 +182,7 @@ class Evaluation:
     output_error: float | None
     firing_rate: Mapping[str, float]
     layers: tuple[LayerWork, ...] = field(default=())
+    uncounted: tuple[str, ...] = ()
 
 
 def plain_value(value: Any) -> Any:

@@ -246,6 +246,10 @@ def sites(snn: nn.Module) -> dict[str, SpikingSite]:
 
     A path is the one of the activation that the site replaced; a module called at several places has
     one site for each, ``layer1.0.relu`` and ``layer1.0.relu_1``.
+
+    >>> from lmh.convert import load
+    >>> list(sites(load("zoo:digits-cnn-t4")))
+    ['stem.2', 'block.relu1', 'block.relu2', 'down.2']
     """
     found = {name: module for name, module in snn.named_modules() if isinstance(module, SpikingSite)}
     graph = getattr(snn, "graph", None)

@@ -180,6 +180,12 @@ def per_step(snn: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
 
     Raises:
         ArgumentError: if ``snn`` is not a converted network or ``steps`` is out of range.
+
+    >>> from lmh.convert import load
+    >>> snn, x = load("zoo:digits-cnn-t4"), torch.zeros(2, 1, 8, 8)
+    >>> outputs = per_step(snn, x)
+    >>> outputs.shape, torch.allclose(outputs.mean(0), snn(x), atol=1e-5)
+    (torch.Size([4, 2, 10]), True)
     """
     with call(time_axis(snn), Readout.PER_STEP, steps):
         return snn(x)
@@ -198,6 +204,12 @@ def prefixes(snn: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
 
     Raises:
         ArgumentError: as :func:`per_step`.
+
+    >>> from lmh.convert import load
+    >>> snn, x = load("zoo:digits-cnn-t4"), torch.zeros(2, 1, 8, 8)
+    >>> answers = prefixes(snn, x)
+    >>> answers.shape, torch.allclose(answers[1], per_step(snn, x)[:2].mean(0), atol=1e-5)
+    (torch.Size([4, 2, 10]), True)
     """
     with call(time_axis(snn), Readout.PREFIXES, steps):
         return snn(x)
@@ -212,6 +224,13 @@ def carry_state(snn: nn.Module) -> Iterator[None]:
 
     Raises:
         StateError: if a block is already open, or a call comes with another batch shape.
+
+    >>> from lmh.convert import load
+    >>> snn, x = load("zoo:digits-cnn-t4"), torch.zeros(2, 1, 8, 8)
+    >>> with carry_state(snn):
+    ...     outputs = torch.cat([per_step(snn, x, steps=1), per_step(snn, x, steps=3)])
+    >>> torch.equal(outputs, per_step(snn, x))
+    True
     """
     time = time_axis(snn)
     if time.carry:
