@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .energy import binary_nodes, dense_macs, fan_out, tail_nodes
 from .errors import ArgumentError, DataError
-from .ops import Kind, kind_of
+from .ops import Kind, kind_of, signal_input
 from .records import Evaluation, LayerWork
 from .spiking import SpikingSite
 from .time_axis import FoldEvents, Readout, call, time_axis
@@ -147,13 +147,13 @@ class _Counter(fx.Interpreter):
             self.spikes[path] = self.spikes.get(path, 0) + int(torch.count_nonzero(value))
             self.chances[path] = self.chances.get(path, 0) + value.numel()
         elif kind_of(n) is Kind.SYNAPSE:
-            self._count_work(n, self.env[n.all_input_nodes[0]], value)
+            self._count_work(n, self.env[signal_input(n)], value)
         return value
 
     def _count_work(self, node: fx.Node, x: Tensor, value: Tensor) -> None:
         dense = dense_macs(node, x, value)
         self.ann_macs[node] = dense
-        if node.all_input_nodes[0] in self.binary:
+        if signal_input(node) in self.binary:
             if node not in self.fan_outs:
                 self.fan_outs[node] = fan_out(node, x)
             work = float(((x != 0).sum(0) * self.fan_outs[node]).sum(dtype=torch.float64))
