@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ..errors import ArgumentError
-from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of, label, module_of
+from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of, label, module_of, signals
 from ..records import Keep, NodeFate, Spike
 from ..shapes import BATCHES, batch_use, leading, node_values
-from .rules import Plan, Rules
+from .refusals import describe, refusal
+from .rules import Plan
 
 Decisions = dict[fx.Node, Spike | Keep]
 _AFTER_READOUT = (Kind.READOUT, Kind.OUTPUT)
@@ -33,10 +35,11 @@ def audit(
     decisions: Decisions = {}
     fates: list[NodeFate] = []
     problems: list[str] = []
+    carried = signals(model.graph)
     for node in model.graph.nodes:
         fate = "unchanged"
         try:
-            decision = _decide(node, plan)
+            decision = _decide(node, plan) if node in carried else None
         except ArgumentError as error:
             problems.append(str(error))
             fate = "refused"
@@ -47,10 +50,8 @@ def audit(
         fates.append(NodeFate(label(node), describe(node), fate))
     problems += [problem for node in model.graph.nodes if (problem := _pool_problem(node, decisions))]
     problems += _structure_problems(model)
-    unknown = plan.keep - {fate.path for fate in fates}
-    problems += [
-        f"{path}: nothing in the network has this path; expected one that --dry-run lists." for path in sorted(unknown)
-    ]
+    known = [fate.path for fate in fates]
+    problems += [_unknown_path(path, known) for path in sorted(plan.keep - set(known))]
     if not problems:
         problems += batch_problems(model, sample_shape)
     if not any(isinstance(decision, Spike) for decision in decisions.values()) and not problems:
@@ -61,23 +62,8 @@ def audit(
     return decisions, fates, problems
 
 
-def describe(node: fx.Node) -> str:
-    """Return what a node is, in words a user knows: ``torch.nn.GELU``, ``torch.softmax``, ``.view()``."""
-    module = module_of(node)
-    if module is not None:
-        kind = type(module)
-        return f"torch.nn.{kind.__name__}" if kind.__module__.startswith("torch.nn") else kind.__qualname__
-    if node.op == "call_method":
-        return f".{node.target}()"
-    if node.op == "call_function":
-        target: Any = node.target
-        home = (getattr(target, "__module__", "") or "torch").replace("_operator", "operator")
-        return f"{home}.{getattr(target, '__name__', target)}"
-    return node.op
-
-
 def _decide(node: fx.Node, plan: Plan) -> Spike | Keep | None:
-    """Apply the rules to one node; None for nodes that need none.
+    """Apply the rules to one node that carries a signal; None for nodes that need none.
 
     Raises:
         ArgumentError: with the problem's text.
@@ -105,28 +91,13 @@ def _decide(node: fx.Node, plan: Plan) -> Spike | Keep | None:
                 raise ArgumentError(f"{label(node)}: {error}") from error
     if plan.surgery is not None:
         return Spike() if isinstance(activation, plan.surgery.stand_ins) else Keep()
-    raise ArgumentError(_refusal(node, kind, activation, rules))
+    raise ArgumentError(refusal(node, plan.rules))
 
 
-def _refusal(node: fx.Node, kind: Kind, activation: nn.Module | None, rules: Rules) -> str:
-    supported = ", ".join(rule.__name__ for rule in rules)
-    if activation is not None:
-        name = type(activation).__name__
-        shown = f"torch.nn.{name}" if type(activation).__module__.startswith("torch.nn") else name
-        return (
-            f"{label(node)}: no rule for {shown} (supported: {supported}). "
-            f"Pass rules={{{shown.replace('torch.', '')}: as_neuron}}, or --surgery relu, and fine-tune; or --keep "
-            f"{label(node)} to leave it analog."
-        )
-    if kind is Kind.READOUT:
-        return (
-            f"{label(node)}: {describe(node)} before the output (supported there: {supported}). "
-            f"Pass --keep {label(node)}, or --surgery relu, to leave it analog."
-        )
-    reason = "a product of two signals" if len(node.all_input_nodes) > 1 else "not an affine node"
-    return (
-        f"{label(node)}: no rule for {describe(node)}, {reason}. Pass --keep {label(node)}, or --surgery relu, to "
-        "leave it analog (keep=, surgery=ReluSurgery() in Python), or rewrite it with convolutions, sums and pools."
+def _unknown_path(path: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(path, known, 3)
+    return f"{path}: nothing in the network has this path; expected one that --dry-run lists (examine() in Python)" + (
+        f", such as {', '.join(near)}." if near else "."
     )
 
 

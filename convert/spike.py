@@ -23,7 +23,7 @@ from ..time_axis import (
     TimeAxis,
     Timed,
 )
-from .prepare import unique_path
+from .paths import unique_path
 from .regions import Region, misfolded
 
 
@@ -126,7 +126,10 @@ def _own_sizes(graph: fx.Graph, regions: dict[fx.Node, Region], uses: dict[str, 
             continue
         for size in [arg for arg in node.all_input_nodes if uses[arg.name] == "size"]:
             reshapes = kind_of(node) is Kind.SHAPE
-            if not reshapes or size.name not in exactly_n or not isinstance(node.args[0], fx.Node):
+            batched = isinstance(node.args[0], fx.Node) and uses.get(node.args[0].name) == "batched"
+            if reshapes and regions[size] is regions[node] and not (batched and size.name in exactly_n):
+                continue  # a parameter expanded to the batch, or a whole shape; both are of this node's own time
+            if not reshapes or size.name not in exactly_n or not batched:
                 problems.append(
                     f"{label(node)}: uses {label(size)}, which carries the batch size, as a value; expected it only as "
                     "the first size of a view or reshape. Write y.view(y.size(0), -1) or y.flatten(1)."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import traceback
 
 import torch
@@ -10,6 +11,7 @@ from torch import fx, nn
 
 from ..errors import ArgumentError, AuditError
 from ..ops import Kind, module_kind
+from ..spiking import sites
 from .rules import DEFAULT_RULES, Rules
 
 
@@ -33,13 +35,33 @@ def trace(ann: nn.Module, rules: Rules) -> fx.GraphModule:
         AuditError: if Python control flow on values keeps it from being traced.
     """
     _check(ann)
-    model = copy.deepcopy(ann).eval()
+    model = _all_unwrapped(copy.deepcopy(ann)).eval()
     tracer = _Tracer(rules)
     try:
         graph = tracer.trace(model)
     except Exception as error:
         raise AuditError([_untraceable(error)]) from error
     return fx.GraphModule(tracer.root, graph, type(ann).__name__)
+
+
+def unwrapped(ann: nn.Module) -> nn.Module:
+    """Return the module inside DataParallel, DistributedDataParallel and torch.compile, whose forward is the same."""
+    compiled = sys.modules.get("torch._dynamo.eval_frame")
+    while True:
+        if isinstance(ann, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            ann = ann.module
+        elif compiled is not None and isinstance(ann, compiled.OptimizedModule):
+            ann = ann._orig_mod
+        else:
+            return ann
+
+
+def _all_unwrapped(model: nn.Module) -> nn.Module:
+    """Unwrap the parts of ``model`` as well; it is the caller's copy."""
+    for path, module in list(model.named_modules()):
+        if path and unwrapped(module) is not module:
+            model.set_submodule(path, unwrapped(module))
+    return model
 
 
 def _check(ann: nn.Module) -> None:
@@ -49,6 +71,12 @@ def _check(ann: nn.Module) -> None:
         raise ArgumentError(
             "convert: the model is TorchScript, whose graph cannot be rewritten. "
             "Pass the nn.Module it was scripted from."
+        )
+    if found := sites(ann):
+        raise ArgumentError(
+            f"convert: {type(ann).__name__} is a spiking network already ({', '.join([*found][:3])}, {len(found)} "
+            "sites); expected an ANN. Train it with lmh.finetune.finetune, read a saved one with lmh.convert.load, or "
+            "convert the ANN that it came from."
         )
     for name, tensor in (*ann.named_parameters(), *ann.named_buffers()):
         if tensor.device.type != "meta" and tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -14,6 +14,7 @@ Assumptions, which every report states:
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from .ops import Kind, argument, kind_of, module_of
+from .ops import CONTRACTIONS, Kind, argument, kind_of, module_of, signal_input
 from .records import LayerWork
 from .spiking import SpikingSite
 from .time_axis import EnterTail, Timed
@@ -79,9 +80,10 @@ def dense_macs(node: fx.Node, x: Tensor, output: Tensor) -> float:
         x: its input, [N, *F].
         output: its output, [N, *G].
     """
-    weight = _weight(node)
+    if node.target in CONTRACTIONS:  # every product that the sum holds counts 1
+        return float(_with_unit_weights(node, torch.ones_like(x[:1], dtype=torch.float64)).sum())
     side = x if _is_transposed(node) else output
-    return weight[0].numel() * math.prod(side.shape[1:])
+    return _weight(node)[0].numel() * math.prod(side.shape[1:])
 
 
 def analog_macs(call: Callable[..., Any], module: nn.Module | None, inputs: Any) -> float | None:
@@ -158,24 +160,37 @@ def _is_transposed(node: fx.Node) -> bool:
 
 def _weight(node: fx.Node) -> Tensor:
     module = module_of(node)
-    if module is not None:
-        return module.weight  # type: ignore[return-value]
-    return _parameter(node, argument(node, 1, "weight"))
+    return module.weight if module is not None else _fixed_value(argument(node, 1, "weight"))  # type: ignore[return-value]
 
 
-def _parameter(node: fx.Node, source: fx.Node) -> Tensor:
-    value: Any = node.graph.owning_module
-    for part in str(source.target).split("."):
-        value = getattr(value, part)
-    return value
+def _fixed_value(node: fx.Node) -> Any:
+    """Compute a node that does not depend on the network's input: a parameter, or what is made from some."""
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(node.graph.owning_module)
+    return _called(node, _fixed_value)
+
+
+def _called(node: fx.Node, given: Callable[[fx.Node], Any]) -> Any:
+    """Run one function, method or module on what ``given`` says that its inputs are."""
+    args, kwargs = fx.map_arg(node.args, given), fx.map_arg(node.kwargs, given)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    module = module_of(node)
+    called: Any = node.target if module is None else module
+    return called(*args, **kwargs)
 
 
 def _with_unit_weights(node: fx.Node, probe: Tensor) -> Tensor:
     module = module_of(node)
     if module is not None:
-        state = {name: torch.ones_like(p, dtype=torch.float32) for name, p in module.named_parameters()}
+        state = {name: torch.ones_like(p, dtype=probe.dtype) for name, p in module.named_parameters()}
         return torch.func.functional_call(module, state, (probe,))
-    unit = torch.ones_like(_weight(node), dtype=torch.float32)
-    options = {key: value for key, value in node.kwargs.items() if key not in ("weight", "bias", "input")}
-    rest = [None if isinstance(value, fx.Node) else value for value in node.args[2:]]
-    return node.target(probe, unit, *rest, **options)  # type: ignore[operator]
+    signal = signal_input(node)
+
+    def given(source: fx.Node) -> Any:
+        if source is signal:
+            return probe
+        value = _fixed_value(source)
+        return torch.ones_like(value, dtype=probe.dtype) if isinstance(value, Tensor) else value
+
+    return _called(node, given)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from .arguments import check_batches, check_labels, check_network, split_batch
 from .energy import analog_macs, binary_nodes, dense_macs, fan_out, tail_nodes
 from .errors import ArgumentError, DataError
-from .ops import Kind, kind_of, label, module_of
+from .ops import Kind, kind_of, label, module_of, signal_input
 from .records import Evaluation, LayerWork
 from .spiking import SpikingSite
 from .time_axis import FoldEvents, Readout, Timed, call, time_axis
@@ -173,7 +173,7 @@ class _Counter(fx.Interpreter):
             self.spikes[path] = self.spikes.get(path, 0) + int(torch.count_nonzero(value))
             self.chances[path] = self.chances.get(path, 0) + value.numel()
         elif kind_of(n) is Kind.SYNAPSE:
-            self._count_work(n, self.env[n.all_input_nodes[0]], value)
+            self._count_work(n, self.env[signal_input(n)], value)
         elif kind_of(n) is Kind.UNKNOWN and not isinstance(module_of(n), Timed):
             self._count_analog(n, value)
         return value
@@ -197,7 +197,7 @@ class _Counter(fx.Interpreter):
     def _count_work(self, node: fx.Node, x: Tensor, value: Tensor) -> None:
         dense = dense_macs(node, x, value)
         self.ann_macs[node] = dense * self.frames
-        if node.all_input_nodes[0] in self.binary:
+        if signal_input(node) in self.binary:
             if node not in self.fan_outs:
                 self.fan_outs[node] = fan_out(node, x)
             work = float(((x != 0).sum(0) * self.fan_outs[node]).sum(dtype=torch.float64))

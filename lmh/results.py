@@ -9,7 +9,7 @@ from torch import fx
 
 from .energy import ASSUMPTIONS, picojoules, uncounted_text
 from .records import Evaluation
-from .spiking import COEFFICIENTS, SpikingSite, sites
+from .spiking import COEFFICIENTS, PerStep, SpikingSite, sites
 from .time_axis import time_axis
 
 
@@ -60,10 +60,12 @@ def _figures(evaluation: Evaluation | None) -> dict[str, Any]:
 
 def _site(path: str, site: SpikingSite, rate: float | None) -> dict[str, Any]:
     theta = site.v_threshold.detach()
+    if isinstance(site.neuron.granularity, PerStep):
+        theta = theta.mean(0)  # [T] or [T, C]: the summary is over channels
     return {
         "path": path,
         "neuron": neuron_text(site),
-        "channels": theta.shape[-1] if theta.ndim else 1,
+        "channels": theta.numel(),
         "v_threshold": float(theta.mean()),
         "v_threshold_min": float(theta.min()),
         "v_threshold_max": float(theta.max()),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,10 +56,22 @@ def node_values(model: fx.GraphModule, input_shape: Sequence[int]) -> dict[fx.No
         ArgumentError: if the input does not fit, with the node where it showed.
     """
     recorder = _Recorder(model)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
         recorder.run(torch.empty(tuple(input_shape), dtype=parameter.dtype, device=parameter.device))
     return recorder.values
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging a failure, with its traceback, that is raised as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def batch_use(pair: tuple[Any, Any]) -> str:
