@@ -16,7 +16,7 @@ from ..results import describe_network
 from ..terminal import Terminal, print_result
 from ..zoo.images import Batches, Preprocessing
 from .cli_inputs import SEED, evaluation_batch
-from .loading import load_source
+from .loading import load_again
 from .storage import MANIFEST, load
 
 
@@ -56,21 +56,32 @@ def _text(value: Any) -> str:
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the sample order.")
 @click.option("--trust-pickle", is_flag=True, help="Let a pickled --source run code. Only for files you trust.")
 @click.option(
+    "--module", "modules", multiple=True, metavar="NAME",
+    help="Your module, as in my_pkg.my_file, whose classes a pickled --source names; may be given several times.",
+)  # fmt: skip
+@click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
 )
 def report_command(
-    file: str, data: str, source: str | None, test_samples: int | None, seed: int, trust_pickle: bool, as_json: bool
+    file: str,
+    data: str,
+    source: str | None,
+    test_samples: int | None,
+    seed: int,
+    trust_pickle: bool,
+    modules: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Load the spiking network FILE, or zoo:NAME, and measure it on the test split of --data."""
     terminal = Terminal(results=not as_json)
-    snn = load(file, source, trust_pickle=trust_pickle)
+    snn = load(file, source, trust_pickle=trust_pickle, modules=modules)
     manifest = snn.meta[MANIFEST]
     preprocessing = _preprocessing(manifest)
     test = zoo.load_data(data, input_size=preprocessing.input_size).test
     order = zoo.seeded_order(test, seed)[:test_samples]
     timesteps = manifest["recipe"]["timesteps"]
     batches = Batches(test, preprocessing, evaluation_batch(preprocessing, timesteps), order)
-    ann, notices = _source_ann(manifest["source"], source, trust_pickle)
+    ann, notices = _source_ann(manifest["source"], source, trust_pickle, modules)
     notices.append(f"Samples: test {len(order)} of {len(test)} in the order of seed {seed}.")
     for notice in notices:
         terminal.notice(notice)
@@ -98,11 +109,13 @@ def _preprocessing(manifest: dict[str, Any]) -> Preprocessing:
     return zoo.card(architecture).preprocessing
 
 
-def _source_ann(record: dict[str, Any], source: str | None, trust_pickle: bool) -> tuple[Any, list[str]]:
+def _source_ann(
+    record: dict[str, Any], source: str | None, trust_pickle: bool, modules: tuple[str, ...]
+) -> tuple[Any, list[str]]:
     """Return the ANN to compare with, if it is at hand and still the one that was converted."""
     name = source or record["name"]
     try:
-        found = None if name is None else load_source(name, trust_pickle=trust_pickle)
+        found = None if name is None else load_again(name, record, trust_pickle=trust_pickle, modules=modules)
     except LMHError as error:
         return None, [f"The source ANN is not at hand, so it is not measured: {error}"]
     if found is not None and found.digest != record["sha256"]:

@@ -79,7 +79,7 @@ def examine(
 def _audited(
     ann: nn.Module, sample_shape: Sequence[int], plan: Plan
 ) -> tuple[fx.GraphModule, Decisions, list[NodeFate], list[str]]:
-    model = trace(ann, plan.rules)
+    model = trace(ann, plan.rules, sample_shape)
     problems = make_functional(model)
     model.graph.eliminate_dead_code()
     model.recompile()

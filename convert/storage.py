@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..errors import ArtifactError
 from ..records import Calibration, frozen_value, plain_value
 from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, sites
 from ..surrogates import Arctan, Rectangle, Sigmoid, Triangle
-from .loading import load_source
+from .loading import load_again
 from .pipeline import Conversion, Recipe, assemble
 from .prepare import prepare
 from .rules import ReluSurgery, Rules
@@ -93,6 +93,7 @@ def load(
     *,
     rules: Rules | None = None,
     trust_pickle: bool = False,
+    modules: Iterable[str] = (),
 ) -> fx.GraphModule:
     """Read a spiking network that :func:`save` wrote.
 
@@ -102,6 +103,7 @@ def load(
             digest is checked, or a module of the same class.
         rules: the rules of the conversion, if it had any of its own.
         trust_pickle: let a pickled ``source`` file run code.
+        modules: dotted names of your modules whose classes a pickled ``source`` may name (:func:`load_source`).
 
     Returns:
         The network in eval mode on the CPU; its manifest is ``snn.meta["lmh_manifest"]``.
@@ -115,7 +117,7 @@ def load(
         recipe: Recipe = frozen_value(manifest["recipe"], _TYPES)
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: its recipe cannot be read ({error}). Make the file again.") from error
-    ann = _architecture(path, manifest["source"], source, trust_pickle)
+    ann = _architecture(path, manifest["source"], source, trust_pickle, modules)
     surgery = ReluSurgery() if recipe.surgery else None
     prepared = prepare(ann, recipe.sample_shape, rules=rules, keep=recipe.keep, surgery=surgery)
     snn = assemble(prepared, _stored_calibration(path, manifest, tensors), recipe).snn
@@ -133,7 +135,11 @@ def load(
 
 
 def _architecture(
-    path: Path, record: Mapping[str, Any], source: str | nn.Module | None, trust_pickle: bool
+    path: Path,
+    record: Mapping[str, Any],
+    source: str | nn.Module | None,
+    trust_pickle: bool,
+    modules: Iterable[str],
 ) -> nn.Module:
     if isinstance(source, nn.Module):
         return source
@@ -143,7 +149,7 @@ def _architecture(
             raise ArtifactError(
                 f"{source}: its sha256 is {digest} and {path} was made from {record['sha256']}; expected the same file."
             )
-        return load_source(source, trust_pickle=trust_pickle).model
+        return load_again(source, record, trust_pickle=trust_pickle, modules=modules).model
     if record["architecture"] is None:
         raise ArtifactError(
             f"{path}: was made from {record['name'] or 'a module of your own'}, which cannot be built by name. "
