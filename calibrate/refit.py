@@ -19,7 +19,13 @@ LEAST_SCALE = 1e-4
 
 
 def stand_ins(prepared: Prepared) -> list[str]:
-    """Return the activations that become neurons without being rectifiers, by path."""
+    """Return the activations that become neurons without being rectifiers, by path.
+
+    >>> from lmh.convert import ReluSurgery, prepare
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 8), nn.ReLU())
+    >>> stand_ins(prepare(net, (4,), surgery=ReluSurgery()))
+    ['1']
+    """
     return [path for path in prepared.spiking if type(prepared.model.get_submodule(path)) not in RECTIFIERS]
 
 
@@ -40,6 +46,13 @@ def refit(prepared: Prepared, images: Tensor) -> Prepared:
 
     Raises:
         CalibrationError: if the images are not finite, or fewer than two.
+
+    >>> from lmh.convert import ReluSurgery, prepare
+    >>> prepared = prepare(nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 2)), (4,), surgery=ReluSurgery())
+    >>> x = torch.randn(64, 4)
+    >>> again = refit(prepared, x)
+    >>> torch.allclose(again.model(x).mean(0), prepared.model(x).mean(0), atol=1e-5)
+    True
     """
     paths = stand_ins(prepared)
     if not paths:

@@ -16,9 +16,8 @@ from ..evaluation import evaluate
 from ..results import describe_network
 from ..terminal import Terminal, print_result
 from ..zoo.images import Batches, Preprocessing
-from ..zoo.registry import TORCHVISION
 from .cli_inputs import SEED, NumbersType, assumption_notices, evaluation_batch
-from .loading import load_source
+from .loading import load_again
 from .storage import MANIFEST, load
 
 
@@ -61,6 +60,10 @@ def _text(value: Any) -> str:
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the sample order.")
 @click.option("--trust-pickle", is_flag=True, help="Let a pickled --source run code. Only for files you trust.")
 @click.option(
+    "--module", "modules", multiple=True, metavar="NAME",
+    help="Your module, as in my_pkg.my_file, whose classes a pickled --source names; may be given several times.",
+)  # fmt: skip
+@click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
 )
 def report_command(
@@ -70,19 +73,20 @@ def report_command(
     test_samples: int | None,
     seed: int,
     trust_pickle: bool,
+    modules: tuple[str, ...],
     as_json: bool,
     **overrides: tuple[Any, ...] | None,
 ) -> None:
     """Load the spiking network FILE, or zoo:NAME, and measure it on the test split of --data."""
     terminal = Terminal(results=not as_json)
-    snn = load(file, source, trust_pickle=trust_pickle)
+    snn = load(file, source, trust_pickle=trust_pickle, modules=modules)
     manifest = snn.meta[MANIFEST]
     preprocessing, assumed = _preprocessing(manifest, overrides)
     test = zoo.load_data(data, input_size=preprocessing.input_size).test
     order = zoo.seeded_order(test, seed)[:test_samples]
     timesteps = manifest["recipe"]["timesteps"]
     batches = Batches(test, preprocessing, evaluation_batch(preprocessing, timesteps), order)
-    ann, notices = _source_ann(manifest["source"], source, trust_pickle)
+    ann, notices = _source_ann(manifest["source"], source, trust_pickle, modules)
     notices += assumption_notices(preprocessing, assumed)
     notices.append(f"Samples: test {len(order)} of {len(test)} in the order of seed {seed}.")
     for notice in notices:
@@ -126,14 +130,15 @@ def _preprocessing(
     return preprocessing, [name for name in stored.get("assumed", []) if name not in given]
 
 
-def _source_ann(record: dict[str, Any], source: str | None, trust_pickle: bool) -> tuple[Any, list[str]]:
+def _source_ann(
+    record: dict[str, Any], source: str | None, trust_pickle: bool, modules: tuple[str, ...]
+) -> tuple[Any, list[str]]:
     """Return the ANN to compare with, if it is at hand and still the one that was converted."""
     name = source or record["name"]
     if name is None:
         return None, []
-    arch = None if name.startswith(("zoo:", TORCHVISION)) else record["architecture"]
     try:
-        found = load_source(name, arch=arch, trust_pickle=trust_pickle)
+        found = load_again(name, record, trust_pickle=trust_pickle, modules=modules)
     except LMHError as error:
         return None, [f"The source ANN is not at hand, so it is not measured: {error}"]
     if record["sha256"] not in (None, found.digest):

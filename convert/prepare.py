@@ -33,7 +33,7 @@ from .inplace import make_functional
 from .paths import assign_paths, unique_path
 from .refusals import describe
 from .rules import Plan, ReluSurgery, Rules, merged
-from .tracing import trace, unwrapped
+from .tracing import bare, trace
 
 MONOTONE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, QCFS)
 """Activations that commute with a max-pool."""
@@ -69,7 +69,7 @@ def prepare(
     ['1']
     """
     plan = Plan(merged(rules), frozenset(keep), surgery)
-    ann = unwrapped(ann)
+    ann = bare(ann)
     model, decisions, fates, problems = _audited(ann, sample_shape, plan)
     if problems:
         raise AuditError(problems)
@@ -99,14 +99,14 @@ def examine(
     surgery: ReluSurgery | None = None,
 ) -> tuple[list[NodeFate], list[str]]:
     """The audit alone: the fate of every node, and the problems that :func:`prepare` would raise."""
-    _, _, fates, problems = _audited(unwrapped(ann), sample_shape, Plan(merged(rules), frozenset(keep), surgery))
+    _, _, fates, problems = _audited(bare(ann), sample_shape, Plan(merged(rules), frozenset(keep), surgery))
     return fates, problems
 
 
 def _audited(
     ann: nn.Module, sample_shape: Sequence[int], plan: Plan
 ) -> tuple[fx.GraphModule, Decisions, list[NodeFate], list[str]]:
-    model = trace(ann, plan.rules)
+    model = trace(ann, plan.rules, sample_shape)
     problems = make_functional(model)
     model.graph.eliminate_dead_code()
     model.recompile()

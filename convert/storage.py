@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..errors import ArgumentError, ArtifactError, AuditError
 from ..records import Calibration, frozen_value, plain_value
 from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, sites
 from ..surrogates import Arctan, Rectangle, Sigmoid, Triangle
-from .loading import load_source
+from .loading import load_again
 from .pipeline import Conversion, Recipe, assemble
 from .prepare import prepare
 from .rules import ReluSurgery, Rules, StandIns, merged
@@ -171,6 +171,7 @@ def load(
     *,
     rules: Rules | None = None,
     trust_pickle: bool = False,
+    modules: Iterable[str] = (),
 ) -> fx.GraphModule:
     """Read a spiking network that :func:`save` wrote.
 
@@ -180,6 +181,7 @@ def load(
             digest is checked, or a module of the same class.
         rules: the rules of the conversion, if it had any of its own.
         trust_pickle: let a pickled ``source`` file run code.
+        modules: dotted names of your modules whose classes a pickled ``source`` may name (:func:`load_source`).
 
     Returns:
         The network in eval mode on the CPU; its manifest is ``snn.meta["lmh_manifest"]``.
@@ -203,7 +205,7 @@ def load(
         raise ArtifactError(f"{path}: its recipe cannot be read ({error}). Make the file again.") from error
     if isinstance(recipe.surgery, bool):  # files from before the types were kept by name
         recipe = replace(recipe, surgery=StandIns.of(ReluSurgery()) if recipe.surgery else None)
-    ann = _architecture(path, manifest["source"], source, trust_pickle)
+    ann = _architecture(path, manifest["source"], source, trust_pickle, modules)
     calibration = _stored_calibration(path, manifest, tensors)
     try:
         surgery = None if recipe.surgery is None else recipe.surgery.surgery(ann)
@@ -233,7 +235,11 @@ def _first_problem(error: ArgumentError | AuditError) -> str:
 
 
 def _architecture(
-    path: Path, record: Mapping[str, Any], source: str | Path | nn.Module | None, trust_pickle: bool
+    path: Path,
+    record: Mapping[str, Any],
+    source: str | Path | nn.Module | None,
+    trust_pickle: bool,
+    modules: Iterable[str],
 ) -> nn.Module:
     if isinstance(source, nn.Module):
         return source
@@ -251,7 +257,7 @@ def _architecture(
             raise ArtifactError(
                 f"{source}: its sha256 is {digest} and {path} was made from {record['sha256']}; expected the same file."
             )
-        return load_source(str(source), trust_pickle=trust_pickle).model
+        return load_again(str(source), record, trust_pickle=trust_pickle, modules=modules).model
     if record["architecture"] is None:
         raise ArtifactError(
             f"{path}: was made from {record['name'] or 'a module of your own'}, which cannot be built by name. "

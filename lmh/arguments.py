@@ -69,6 +69,8 @@ def check_network(where: str, value: object) -> None:
         advice = "Load the state_dict into the network that it belongs to, and pass that."
     elif isinstance(value, (str, PurePath)):
         advice = f"Load it first: lmh.convert.load_source({str(value)!r}).model."
+    elif isinstance(value, torch.export.ExportedProgram):
+        advice = "Pass lmh.convert.exported.modules_from_export(program)."
     else:
         for name in ("snn", "model"):
             if isinstance(getattr(value, name, None), nn.Module):

@@ -116,7 +116,8 @@ def card(name: str) -> Card:
 
 
 def _torchvision_model(name: str, num_classes: int = 1000) -> nn.Module:
-    extra: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    auxiliary = name in ("googlenet", "inception_v3")  # their extra heads serve training only
+    extra: dict[str, Any] = {"init_weights": False, "aux_logits": False} if auxiliary else {}
     return torchvision().models.get_model(name, weights=None, num_classes=num_classes, **extra)
 
 

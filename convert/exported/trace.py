@@ -7,7 +7,7 @@ import inspect
 import re
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .quiet import quiet
 LARGEST_BATCH = 2**20
 _TORCH = Path(torch.__file__).parent
 _STDLIB = Path(sysconfig.get_path("stdlib"))
+_HERE = Path(__file__).parents[1]
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s+(.+)')
 
 
@@ -99,7 +100,7 @@ def _check_runs(model: nn.Module, example: Tensor, cause: Exception) -> None:
         with torch.no_grad():
             model(example.clone())
     except Exception as error:
-        where = next(iter(_lines([error])), type(model).__name__)
+        where = users_line(error) or type(model).__name__
         raise ArgumentError(
             f"{where}: the model cannot be run on an input of shape {['N', *example.shape[1:]]} ({_reason(error)}). "
             "Pass example_input (on the command line --input-size C,H,W) of the shape that the model expects."
@@ -107,7 +108,7 @@ def _check_runs(model: nn.Module, example: Tensor, cause: Exception) -> None:
 
 
 def _refusal(errors: list[Exception]) -> str:
-    where = next(iter(_lines(errors)), "the model's forward")
+    where = next(filter(None, map(users_line, errors)), "the model's forward")
     text = str(errors[0])
     if "Constraints violated" in text:
         allowed = re.findall(r"^ *(batch = .+)$", "\n".join(map(str, errors)), re.MULTILINE)
@@ -131,18 +132,18 @@ def _reason(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _lines(errors: list[Exception]) -> Iterator[str]:
-    """Yield the line of the user's code that each error came from, by its traceback or else by its text."""
-    for error in errors:
-        frames = [(frame.filename, frame.lineno, frame.line) for frame in traceback.extract_tb(error.__traceback__)]
-        frames += _FRAME.findall(str(error))
-        own = [frame for frame in frames if _is_users(frame[0])]
-        if own:
-            file, number, line = own[-1]
-            yield f"{file}:{number}: `{str(line).strip()}`"
+def users_line(error: Exception) -> str | None:
+    """Return the line of the user's code that an error came from, by its traceback or else by its text; or None."""
+    frames = [(frame.filename, frame.lineno, frame.line) for frame in traceback.extract_tb(error.__traceback__)]
+    frames += _FRAME.findall(str(error))
+    own = [frame for frame in frames if _is_users(frame[0])]
+    if not own:
+        return None
+    file, number, line = own[-1]
+    return f"{file}:{number}: `{str(line).strip()}`"
 
 
 def _is_users(file: str) -> bool:
     path = Path(file)
     of_python = _STDLIB in path.parents and not {"site-packages", "dist-packages"} & set(path.parts)
-    return not (file.startswith("<") or _TORCH in path.parents or of_python or path == Path(__file__))
+    return not (file.startswith("<") or _TORCH in path.parents or of_python or _HERE in path.parents)
