@@ -106,7 +106,9 @@ def _best(path: Path, entries: list[Entry]) -> tuple[Entry, list[str]]:
     names = [name for name, _ in rest]
     if rest and rank(first) == rank(rest[0]) and rank(first)[1] == len(ENTRIES):
         shown = ", ".join(name for name, _ in entries[:_SHOWN])
-        raise SourceError(f"{path}: holds weights under {shown}; expected one of them to be named. Choose with --entry.")
+        raise SourceError(
+            f"{path}: holds weights under {shown}; expected one of them to be named. Choose with --entry."
+        )
     return first, names
 
 
@@ -132,9 +134,7 @@ def _under(path: Path, entries: list[Entry], entry: str) -> nn.Module | Mapping[
     raise SourceError(f"{path}: nothing is under {entry!r}; expected one of {known}. Choose with --entry.")
 
 
-def _tidied(
-    path: Path, value: nn.Module | Mapping[Any, Any]
-) -> tuple[nn.Module | dict[str, Tensor], tuple[str, ...]]:
+def _tidied(path: Path, value: nn.Module | Mapping[Any, Any]) -> tuple[nn.Module | dict[str, Tensor], tuple[str, ...]]:
     """Return plain tensors by the names that the model gave them, without what wrappers and counters added."""
     if isinstance(value, nn.Module):
         return value, ()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any

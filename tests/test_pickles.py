@@ -195,7 +195,7 @@ class TestUsersModules:
         assert sys.path == before
 
     def test_a_class_that_a_script_defined_is_found_in_that_script(self) -> None:
-        script = 'import torch\nfrom torch import nn\n\n\nclass Net(nn.Sequential):\n    pass\n'
+        script = "import torch\nfrom torch import nn\n\n\nclass Net(nn.Sequential):\n    pass\n"
         Path("train_script.py").write_text(script)
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU())
         torch.save(net, "net.pt")
@@ -284,9 +284,7 @@ class RunsCode:
     ],
     ids=["alone", "beside-weights", "in-a-list", "in-a-namespace"],
 )
-def test_a_pickle_that_runs_code_is_not_run(
-    wrap: Callable[[Any], Any], modules: tuple[str, ...], legacy: bool
-) -> None:
+def test_a_pickle_that_runs_code_is_not_run(wrap: Callable[[Any], Any], modules: tuple[str, ...], legacy: bool) -> None:
     saved(wrap(RunsCode()), legacy=legacy)
     with pytest.raises(UnsafePickleError, match="--trust-pickle"):
         convert.load_source("model.pt", modules=modules)
