@@ -238,7 +238,9 @@ def _check_output(job: Job) -> None:
     for file in (job.output, *export_files(job.output, job.exports)):
         for what, path in inputs.items():
             if is_there(path) and is_there(file) and file.samefile(path):
-                raise click.UsageError(f"{file} is {what}, which is never overwritten. Choose another file with --output.")
+                raise click.UsageError(
+                    f"{file} is {what}, which is never overwritten. Choose another file with --output."
+                )
     try:
         with tempfile.NamedTemporaryFile(prefix=f".{job.output.name}.", dir=job.output.parent):
             pass

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..arguments import check_batches, check_kind, check_names, check_network, check_timesteps, refuse, split_batch
+from ..arguments import (
+    check_batches,
+    check_kind,
+    check_names,
+    check_network,
+    check_timesteps,
+    described,
+    refuse,
+    split_batch,
+)
 from ..calibrate import FROM_QCFS, Policy, automatic, calibrate, check_policy, refit, stand_ins
 from ..errors import ArgumentError
 from ..ops import Kind, kind_of, label, module_of
@@ -118,7 +127,7 @@ def convert(
     >>> conversion.snn(torch.rand(3, 4)).shape
     torch.Size([3, 2])
     """
-    check_network("convert: ann", ann)
+    _check_ann(ann)
     check_timesteps(timesteps)
     encoding = DirectCoding() if encoding is None else encoding
     neuron = LMH() if neuron is None else neuron
@@ -149,6 +158,15 @@ def convert(
         if without and calibration.policy != FROM_QCFS:
             notices.append("No data was given, so thresholds came from BatchNorm statistics; data gives better ones.")
     return assemble(prepared, calibration, recipe, tuple(notices))
+
+
+def _check_ann(ann: nn.Module) -> None:
+    if isinstance(ann, Conversion) or (isinstance(ann, nn.Module) and sites(ann)):
+        raise ArgumentError(
+            f"convert: ann is {described(ann)}, a spiking network already; expected the ANN. Pass the ANN again for "
+            "another T or calibration, or assemble(conversion.prepared, …)."
+        )
+    check_network("convert: ann", ann)
 
 
 def _checked_options(

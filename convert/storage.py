@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .. import zoo
-from ..arguments import described
+from ..arguments import check_kind, described
 from ..artifact import file_digest, is_there, read_snn, user_path, versions, write_snn
 from ..errors import ArgumentError, ArtifactError, AuditError
 from ..records import Calibration, frozen_value, plain_value
@@ -196,7 +196,11 @@ def load(
     >>> snn.meta["lmh_manifest"]["recipe"]["timesteps"]
     4
     """
-    merged(rules)
+    if rules is not None:
+        check_kind("load: rules", rules, Mapping, "the rules of the conversion, as in rules={nn.GELU: as_neuron}")
+        merged(rules)
+    if not isinstance(file, (str, Path)):
+        raise ArtifactError(f"load: file is {described(file)}; expected a path or zoo:NAME. Pass 'net.safetensors'.")
     path = zoo.snn_path(file) if isinstance(file, str) and file.startswith("zoo:") else user_path(file)
     tensors, manifest = read_snn(path)
     try:

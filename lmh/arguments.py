@@ -85,7 +85,7 @@ def check_timesteps(timesteps: int) -> None:
     Raises:
         ArgumentError: with the range.
     """
-    if isinstance(timesteps, bool):
+    if isinstance(timesteps, bool) or not isinstance(timesteps, int):
         raise refuse("timesteps", timesteps, f"a whole number from 1 to {MAX_TIMESTEPS}", "Pass timesteps=4, say.")
     TimeAxis(timesteps)
 
@@ -123,6 +123,10 @@ def _instead_of_batches(data: object) -> str | None:
             return "A Dataset gives single samples: pass DataLoader(dataset, batch_size=128)."
     if isinstance(data, Iterable) or hasattr(data, "__getitem__"):
         return None
+    if hasattr(data, "train") and hasattr(data, "test"):
+        return "Pass one of its parts in batches: lmh.zoo.Batches(data.train, preprocessing)."
+    if hasattr(data, "images"):
+        return "Pass it in batches: lmh.zoo.Batches(split, preprocessing)."
     return f"Pass a DataLoader or lmh.zoo.Batches, such as {LOADER}."
 
 

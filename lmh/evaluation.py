@@ -214,7 +214,7 @@ class _Counter(fx.Interpreter):
         """Return the work of each weighted layer and kept node for one sample."""
         return tuple(
             LayerWork(
-                str(node.target) if node.op == "call_module" else node.name,
+                label(node),
                 self.ann_macs[node],
                 self.accumulates.get(node, 0.0) / samples,
                 self.macs.get(node, 0.0) / samples,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import nets
-from lmh import IF, LMH, PerChannel, evaluate
+from lmh import IF, LMH, PerChannel, evaluate, zoo
 from lmh.calibrate import Max, MinError, calibrate
 from lmh.convert import Conversion, EventFrames, ReluSurgery, convert, load_source, prepare
 from lmh.errors import ArgumentError, LMHError
@@ -69,6 +69,8 @@ DOORS = [converts, converts_with_an_example, calibrates, evaluates, trains, vali
         (DataLoader, r"the class DataLoader; expected batches.*DataLoader\(…\)"),
         (nn.Sequential(nn.Linear(4, 4)), r"a Sequential; expected batches.*order of the arguments"),
         (7, rf"is 7; expected batches.*{PAIR}"),
+        (zoo.load_data("digits"), r"a DataSet; expected batches.*lmh\.zoo\.Batches\(data\.train, preprocessing\)"),
+        (zoo.load_data("digits").test, r"an ArraySplit; expected batches.*lmh\.zoo\.Batches\(split, preprocessing\)"),
         ([{"image": X, "label": Y}], r"keys image, label; expected a tensor.*\[\(b\['image'\], b\['label'\]\) for b"),
         ([X.numpy()], r"a batch is a numpy array \[8, 4\] of float32; expected a tensor.*torch\.from_numpy"),
         ([(X.numpy(), Y)], r"the first entry of a batch is a numpy array.*torch\.from_numpy"),
@@ -80,8 +82,8 @@ DOORS = [converts, converts_with_an_example, calibrates, evaluates, trains, vali
         ([X[:0]], r"a float32 tensor \[0, 4\]; expected \[N, \*F\] with N ≥ 1"),
     ],
     ids=["string", "path", "pair", "numpy-pair", "numpy", "dict", "dataset", "class", "network", "number",
-         "dict-batch", "numpy-batch", "numpy-in-batch", "list-in-batch", "empty-batch", "string-batch", "uint8",
-         "sample", "no-sample"],
+         "zoo-data", "zoo-split", "dict-batch", "numpy-batch", "numpy-in-batch", "list-in-batch", "empty-batch",
+         "string-batch", "uint8", "sample", "no-sample"],
 )  # fmt: skip
 def test_data_of_another_form_is_refused_with_what_to_pass(
     door: Callable[[Any], None], data: Any, message: str
@@ -231,6 +233,12 @@ def test_a_conversion_in_the_place_of_its_network_is_named(conversion: Conversio
     for door in (lambda: evaluate(conversion, [X]), lambda: finetune(conversion, [(X, Y)])):  # type: ignore[arg-type]
         with pytest.raises(ArgumentError, match=r"a Conversion; expected a torch\.nn\.Module\. Pass its \.snn"):
             door()
+
+
+def test_a_spiking_network_is_not_converted_again(conversion: Conversion) -> None:
+    for network in (conversion, conversion.snn):
+        with pytest.raises(ArgumentError, match=r"a spiking network already; expected the ANN\. Pass the ANN again"):
+            convert(network, 2, data=X)  # type: ignore[arg-type]
 
 
 def test_calibrate_wants_a_prepared_network_and_a_policy() -> None:

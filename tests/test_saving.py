@@ -161,6 +161,15 @@ class TestWrongSource:
             with pytest.raises(ArtifactError, match=rf"source= is {words}; expected a module or the path"):
                 load(file, source=source)  # type: ignore[arg-type]
 
+    def test_rules_and_files_of_another_type_are_refused(self, file: Path) -> None:
+        save(convert(nets.two_layers(), 2, data=X), file)
+        with pytest.raises(ArgumentError, match=r"load: rules is 3; expected a value of type Mapping"):
+            load(file, source=nets.two_layers(), rules=3)  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match=r"expected a module type and a function"):
+            load(file, source=nets.two_layers(), rules={"GELU": as_neuron})  # type: ignore[dict-item]
+        with pytest.raises(ArtifactError, match=r"load: file is 3; expected a path or zoo:NAME"):
+            load(3)  # type: ignore[arg-type]
+
     def test_a_source_file_that_is_gone_is_named(self, file: Path) -> None:
         save(convert(nets.two_layers(), 2, data=X), file, source={"name": "a.pt", "architecture": None,
              "num_classes": None, "sha256": "0" * 64})  # fmt: skip
