@@ -21,7 +21,7 @@ from ..records import Evaluation, plain_value
 from ..results import describe_network
 from ..terminal import Terminal, print_fates, print_result
 from ..time_axis import MAX_TIMESTEPS
-from .cli_inputs import SEED, Amounts, Inputs, NumbersType, PolicyType, open_inputs
+from .cli_inputs import SEED, Amounts, Inputs, NumbersType, PolicyType, open_inputs, source_options
 from .export_cli import FORMATS, FORMATS_HELP, export_as, export_files
 from .loading import Source, load_source
 from .pipeline import Conversion, convert
@@ -47,7 +47,9 @@ class Job:
     std: tuple[float, ...] | None
     epochs: int
     device: torch.device
+    entry: str | None
     trust_pickle: bool
+    modules: tuple[str, ...]
     output: Path
     keep: tuple[str, ...]
     surgery: ReluSurgery | None
@@ -58,7 +60,7 @@ class Job:
 @click.argument("source")
 @click.option("--timesteps", "-T", type=click.IntRange(1, MAX_TIMESTEPS), required=True, help="Time steps T.")
 @click.option("--data", metavar="SPEC", help="digits, npz:FILE, cifar10:DIR, cifar100:DIR or folder:DIR.")
-@click.option("--arch", metavar="NAME", help="Architecture of a state_dict; recognised unless given.")
+@source_options
 @click.option(
     "--calibration", type=PolicyType(), default="auto", show_default=True, metavar="POLICY",
     help="auto, max, percentile:P, minerror or batchnorm. auto: minerror with data, batchnorm without.",
@@ -78,7 +80,6 @@ class Job:
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of sample order and training.")
-@click.option("--trust-pickle", is_flag=True, help="Let a pickled SOURCE run code. Only for files you trust.")
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: SOURCE-snn-T4.safetensors here."
 )
@@ -254,7 +255,9 @@ def _check_output(job: Job) -> None:
 
 def _load(job: Job) -> Source:
     try:
-        return load_source(job.source, arch=job.arch, trust_pickle=job.trust_pickle)
+        return load_source(
+            job.source, arch=job.arch, entry=job.entry, trust_pickle=job.trust_pickle, modules=job.modules
+        )
     except ArgumentError as error:
         if job.arch is None:
             raise
