@@ -28,6 +28,7 @@ from ..ops import (
 )
 from ..records import Prepared, Spike
 from ..shapes import node_values
+from ..structures import batched
 from .histogram import BINS, Histogram
 
 
@@ -40,7 +41,7 @@ class Moments(NamedTuple):
 
 def predicted_histograms(prepared: Prepared) -> tuple[dict[str, Histogram], list[str]]:
     """Return a histogram for every spiking activation whose statistics are known, and the other paths."""
-    values = node_values(prepared.model, (2, *prepared.sample_shape))
+    values = node_values(prepared.model, batched(prepared.sample_shape, 2))
     moments: dict[fx.Node, Moments | None] = {}
     known: dict[str, Histogram] = {}
     unknown: list[str] = []

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..errors import ArgumentError
 from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of, label, module_of
 from ..records import Keep, NodeFate, Spike
 from ..shapes import BATCHES, batch_use, leading, node_values
+from ..structures import batched, structure_text, tensors_of
 from .rules import Plan, Rules
 
 Decisions = dict[fx.Node, Spike | Keep]
@@ -18,14 +19,14 @@ _AFTER_READOUT = (Kind.READOUT, Kind.OUTPUT)
 
 
 def audit(
-    model: fx.GraphModule, plan: Plan, sample_shape: Sequence[int]
+    model: fx.GraphModule, plan: Plan, sample_shape: Sequence[Any]
 ) -> tuple[Decisions, list[NodeFate], list[str]]:
     """Look at every node and change nothing.
 
     Args:
         model: a traced ANN without in-place nodes.
         plan: rules, what to keep, and surgery.
-        sample_shape: shape of one input sample.
+        sample_shape: shape of one input sample, or of one of each input.
 
     Returns:
         What the plan says for each activation node, the fate of every node, and a line for each problem.
@@ -177,34 +178,37 @@ def _spikes_behind(node: fx.Node, decisions: Decisions) -> fx.Node | None:
 
 
 def _structure_problems(model: fx.GraphModule) -> list[str]:
-    inputs = [node for node in model.graph.nodes if node.op == "placeholder" and node.users]
     problems = []
-    if len(inputs) != 1:
-        names = ", ".join(node.name for node in inputs) or "none"
-        problems.append(f"the network has the inputs {names}; expected one tensor [N, …].")
-    (output,) = (node for node in model.graph.nodes if node.op == "output")
-    if not isinstance(output.args[0], fx.Node):
+    if not any(node.op == "placeholder" and node.users for node in model.graph.nodes):
         problems.append(
-            f"the network returns a {type(output.args[0]).__name__}; expected one tensor [N, classes]. "
-            "Wrap it in a module that returns the tensor you want."
+            "the network's output does not depend on its input; expected one that does. Look at its forward."
+        )
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    if not output.all_input_nodes:
+        problems.append(
+            f"the network returns {structure_text(output.args[0])} without a tensor; expected one tensor [N, …] or "
+            "more, in tuples and dicts if you like. Return them from forward."
         )
     return problems
 
 
-def batch_problems(model: fx.GraphModule, sample_shape: Sequence[int]) -> list[str]:
+def batch_problems(model: fx.GraphModule, sample_shape: Sequence[Any]) -> list[str]:
     """Say where a node does not keep the batch on axis 0, from shapes at two batch sizes."""
-    small, large = (node_values(model, (batch, *sample_shape)) for batch in BATCHES)
+    small, large = (node_values(model, batched(sample_shape, batch)) for batch in BATCHES)
     signals: set[fx.Node] = set()
     for node in model.graph.nodes:
-        if node.op == "placeholder" or (isinstance(small[node], Tensor) and signals & set(node.all_input_nodes)):
+        if node.op == "placeholder" or (tensors_of(small[node]) and signals & set(node.all_input_nodes)):
             signals.add(node)
     return [
         f"{label(node)}: {describe(node)} gives {_shape(small[node])} at batch size {BATCHES[0]} and "
         f"{_shape(large[node])} at {BATCHES[1]}; expected the batch on axis 0 and nowhere else. "
         "Reshape with x.size(0) or flatten(1)."
         for node in model.graph.nodes
-        if not keeps_batch((small[node], large[node]))
-        or (node in signals and batch_use((small[node], large[node])) == "free")
+        if kind_of(node) is not Kind.OUTPUT
+        and (
+            not keeps_batch((small[node], large[node]))
+            or (node in signals and batch_use((small[node], large[node])) == "free")
+        )
     ]
 
 

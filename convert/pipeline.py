@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..errors import ArgumentError
 from ..ops import Kind, kind_of, label, module_of
 from ..records import Calibration, Prepared, Report, Spike
 from ..spiking import LMH, SpikingSite
+from ..structures import SampleShape, as_sample_shape, input_count, split_batch
 from ..time_axis import TimeAxis
 from .prepare import prepare
 from .rules import ReluSurgery, Rules
@@ -27,7 +28,7 @@ class Recipe:
         timesteps: T.
         neuron: preset, granularity, ranges and surrogate of the neurons.
         encoding: what the input is.
-        sample_shape: shape of one input sample.
+        sample_shape: shape of one input sample; of several inputs a shape for each.
         keep: paths that stay analog.
         surgery: whether neurons stand in for what has no rule.
     """
@@ -35,7 +36,7 @@ class Recipe:
     timesteps: int
     neuron: LMH = field(default_factory=LMH)
     encoding: Encoding = field(default_factory=DirectCoding)
-    sample_shape: tuple[int, ...] = ()
+    sample_shape: SampleShape = ()
     keep: tuple[str, ...] = ()
     surgery: bool = False
 
@@ -65,7 +66,7 @@ def convert(
     *,
     data: Iterable[Any] | Tensor | None = None,
     calibration: Policy | Calibration | None = None,
-    example_input: Tensor | None = None,
+    example_input: Tensor | Sequence[Tensor] | None = None,
     rules: Rules | None = None,
     neuron: LMH | None = None,
     encoding: Encoding | None = None,
@@ -75,16 +76,19 @@ def convert(
     """Convert a pretrained ANN to a spiking network of LM-H neurons.
 
     Every ReLU and QCFS becomes LM-H neurons (the equations of :mod:`lmh.neurons`) that start as IF neurons;
-    the network then returns the mean of its output over T steps.
+    the network then returns the mean of its output over T steps. Networks may take several tensors and return several
+    in tuples and dicts; what no neuron reaches comes out as it is, all else as a mean.
 
     Args:
-        ann: any traceable network of weighted layers, BatchNorm, pools, sums and rectifiers. Not changed.
+        ann: any traceable network of weighted layers, BatchNorm, pools, sums and rectifiers. Not changed. Parameters
+            of its forward with a default keep that, unless example_input gives tensors for them.
         timesteps: T, 1 to 1024.
         data: images to find thresholds on, as batches [N, *F] (or tuples that begin with one) or one tensor;
-            normalised as the ANN expects. Labels are not read.
+            normalised as the ANN expects. Labels are not read. For k inputs, batches that begin with k tensors.
         calibration: a policy, or the :class:`Calibration` of an earlier conversion. Unless given:
             :func:`lmh.calibrate.automatic`, which is MinError with data and BatchNormStatistics without.
-        example_input: one batch [N, *F] that shows the input's shape; not needed with data.
+        example_input: one batch [N, *F] that shows the input's shape, or a tuple of one for each input; not needed
+            with data.
         rules: from activation type to what becomes of it, for types of your own.
         neuron: preset, granularity and ranges; ``LMH()``, which is IF, unless given.
         encoding: ``DirectCoding()`` for images, ``EventFrames()`` for input [T, N, *F].
@@ -107,8 +111,9 @@ def convert(
     """
     TimeAxis(timesteps)
     encoding = encoding or DirectCoding()
-    data, example = _first_batch(data, example_input)
-    sample_shape = tuple(example.shape[2:] if isinstance(encoding, EventFrames) else example.shape[1:])
+    data, examples = _first_batch(ann, data, example_input)
+    leading = 2 if isinstance(encoding, EventFrames) else 1
+    sample_shape = as_sample_shape([example.shape[leading:] for example in examples])
     recipe = Recipe(timesteps, neuron or LMH(), encoding, sample_shape, tuple(keep), surgery is not None)
     prepared = prepare(ann, sample_shape, rules=rules, keep=recipe.keep, surgery=surgery)
     notices = []
@@ -117,7 +122,7 @@ def convert(
         if policy is None:
             policy = automatic(data is not None)
         if isinstance(encoding, EventFrames) and data is not None:
-            data = _frames(data)
+            data = _frames(data, len(examples))
         without = calibration is None and data is None
         calibration = calibrate(prepared, policy, timesteps, data)
         if without and calibration.policy != FROM_QCFS:
@@ -166,9 +171,9 @@ def _approximations(snn: fx.GraphModule, prepared: Prepared, recipe: Recipe) -> 
 
 
 def _first_batch(
-    data: Iterable[Any] | Tensor | None, example_input: Tensor | None
-) -> tuple[Iterable[Any] | None, Tensor]:
-    """Return the data, still whole, and a batch that shows the input's shape."""
+    ann: nn.Module, data: Iterable[Any] | Tensor | None, example_input: Tensor | Sequence[Tensor] | None
+) -> tuple[Iterable[Any] | None, tuple[Tensor, ...]]:
+    """Return the data, still whole, and a batch of each input that shows its shape."""
     if isinstance(data, Tensor):
         data = data.split(128)
     if example_input is None and data is None:
@@ -177,14 +182,14 @@ def _first_batch(
             "Pass example_input=torch.zeros(1, 3, 224, 224), say."
         )
     if example_input is not None:
-        return data, example_input
+        return data, (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
     assert data is not None
     iterator: Iterator[Any] = iter(data)
     first = next(iterator, None)
     if first is None:
         raise ArgumentError("convert: data= gave no batch; expected at least one. Check the data set.")
-    example = first if isinstance(first, Tensor) else first[0]
-    return (_chain(first, data) if isinstance(data, Iterator) else data), example
+    examples, _ = split_batch(first, input_count(ann))
+    return (_chain(first, data) if isinstance(data, Iterator) else data), examples
 
 
 def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
@@ -192,6 +197,6 @@ def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield from rest
 
 
-def _frames(data: Iterable[Any]) -> Iterator[Tensor]:
+def _frames(data: Iterable[Any], inputs: int) -> Iterator[tuple[Tensor, ...]]:
     for batch in data:
-        yield (batch if isinstance(batch, Tensor) else batch[0]).flatten(0, 1)
+        yield tuple(x.flatten(0, 1) for x in split_batch(batch, inputs)[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..errors import AuditError
 from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of, label, module_of, owner_path
 from ..records import Keep, NodeFate, Prepared, Spike
 from ..shapes import node_values
+from ..structures import as_sample_shape, batched, each_shape, leaves_of
 from .audit import Decisions, audit, is_channel_concat, pool_sources
 from .inplace import make_functional
 from .rules import Plan, ReluSurgery, Rules, merged
@@ -22,7 +24,7 @@ from .tracing import trace
 
 def prepare(
     ann: nn.Module,
-    sample_shape: Sequence[int],
+    sample_shape: Sequence[Any],
     *,
     rules: Rules | None = None,
     keep: Iterable[str] = (),
@@ -32,7 +34,7 @@ def prepare(
 
     Args:
         ann: the network; not changed.
-        sample_shape: shape of one input sample, for example (3, 224, 224).
+        sample_shape: shape of one input sample, for example (3, 224, 224); for several inputs a shape for each.
         rules: from activation type to rule, on top of the defaults.
         keep: paths of nodes that stay analog.
         surgery: what to do where no rule applies; None refuses.
@@ -58,14 +60,15 @@ def prepare(
     model.eval()
     _check_equal(ann, model, sample_shape)
     ordered = {str(node.target): by_path[str(node.target)] for node in model.graph.nodes if node.target in by_path}
-    values = node_values(model, (2, *sample_shape))
+    values = node_values(model, batched(sample_shape, 2))
     channels = {path: _channels(model, path, values) for path, found in ordered.items() if isinstance(found, Spike)}
-    return Prepared(model, ordered, tuple(sample_shape), channels, tuple(fates), _coverage(fates, ordered, values))
+    shape = as_sample_shape(each_shape(sample_shape))
+    return Prepared(model, ordered, shape, channels, tuple(fates), _coverage(fates, ordered, values))
 
 
 def examine(
     ann: nn.Module,
-    sample_shape: Sequence[int],
+    sample_shape: Sequence[Any],
     *,
     rules: Rules | None = None,
     keep: Iterable[str] = (),
@@ -77,9 +80,9 @@ def examine(
 
 
 def _audited(
-    ann: nn.Module, sample_shape: Sequence[int], plan: Plan
+    ann: nn.Module, sample_shape: Sequence[Any], plan: Plan
 ) -> tuple[fx.GraphModule, Decisions, list[NodeFate], list[str]]:
-    model = trace(ann, plan.rules)
+    model = trace(ann, plan.rules, sample_shape)
     problems = make_functional(model)
     model.graph.eliminate_dead_code()
     model.recompile()
@@ -218,27 +221,41 @@ def _pooled(model: fx.GraphModule, pool: fx.Node, source: fx.Node, by_path: dict
     return activation
 
 
-def _check_equal(ann: nn.Module, model: fx.GraphModule, sample_shape: Sequence[int]) -> None:
+def _check_equal(ann: nn.Module, model: fx.GraphModule, sample_shape: Sequence[Any]) -> None:
     """Compare the prepared network with the source on one random batch, both in eval mode."""
     parameter = next((p for p in ann.parameters() if p.is_floating_point()), torch.empty(()))
     if parameter.device.type == "meta":
         return
-    x = torch.randn((2, *sample_shape), generator=torch.Generator().manual_seed(0)).to(parameter)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator).to(parameter) for shape in batched(sample_shape, 2)]
     was_training = {module: module.training for module in ann.modules()}
     with torch.no_grad():
         try:
-            expected = ann.eval()(x.clone())
+            expected = ann.eval()(*(x.clone() for x in inputs))
         finally:
             for module, training in was_training.items():
                 module.training = training
-        got: Tensor = model(x.clone())
-    scale = float(expected.abs().max().clamp_min(1e-6))
-    worst = float((got - expected).abs().max()) / scale
-    if not worst < 1e-4:
+        got = model(*(x.clone() for x in inputs))
+    leaves = leaves_of(expected), leaves_of(got)
+    differences = [math.inf] if len(leaves[0]) != len(leaves[1]) else list(map(_difference, *leaves))
+    if not all(difference < 1e-4 for difference in differences):
+        shown = ", ".join(f"{difference:.1e}" for difference in differences)
         raise AuditError(
             [
-                f"the rewritten graph answers differently from {type(ann).__name__} (relative difference {worst:.1e}); "
+                f"the rewritten graph answers differently from {type(ann).__name__} (relative difference {shown}); "
                 "expected the same. Its forward changes values in a way that tracing cannot see, such as writing into "
                 "a slice or keeping values between calls: rewrite that part."
             ]
         )
+
+
+def _difference(expected: Any, got: Any) -> float:
+    """Relative difference of two leaves of an output; what is no tensor is equal or not."""
+    if not isinstance(expected, Tensor) or not isinstance(got, Tensor):
+        return 0.0 if type(expected) is type(got) and expected == got else math.inf
+    if expected.shape != got.shape:
+        return math.inf
+    if not expected.numel():
+        return 0.0
+    expected, got = expected.double(), got.double()
+    return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-6))

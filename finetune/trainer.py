@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +16,7 @@ from ..artifact import read_tensors, write_tensors
 from ..errors import ArgumentError, ArtifactError, TrainingError
 from ..records import plain_value
 from ..spiking import SpikingSite
+from ..structures import input_count, only_tensor, split_batch
 from ..time_axis import per_step
 from .losses import CrossEntropy, Distillation, Loss, combined
 
@@ -25,7 +26,7 @@ class EpochBatches(Protocol):
     """Batches that can be drawn anew for each epoch, such as :class:`lmh.zoo.Batches`."""
 
     def at_epoch(self, epoch: int) -> Iterable[Any]:
-        """Return the batches of one epoch, (x [N, *F], y [N]) or x alone."""
+        """Return the batches of one epoch, (x [N, *F], y [N]) or x alone; for k inputs (x1, …, xk, y)."""
         ...
 
 
@@ -106,7 +107,7 @@ def fit(
     as if the run had not been broken.
 
     Args:
-        model: gives [N, C]; a spiking one also every step.
+        model: gives one tensor [N, C]; a spiking one also every step.
         train: training batches by epoch, or any loader that can be iterated again, such as a DataLoader; only the
             first kind resumes exactly.
         val: batches with labels to measure after each epoch.
@@ -120,6 +121,7 @@ def fit(
         One result for each epoch, those before a resume included.
 
     Raises:
+        ArgumentError: if the network returns several tensors.
         TrainingError: if the loss is not finite, the data is empty, or the checkpoint is of another run.
     """
     checkpoint = None if checkpoint is None else Path(checkpoint)
@@ -137,17 +139,18 @@ def fit(
         model.train()
         total, seen = 0.0, 0
         for index, batch in enumerate(train.at_epoch(epoch)):
-            x, y = _split(batch, device)
+            inputs, y = _split(batch, model, device)
             _set_rate(optimizer, schedule, (epoch + index / batches) / schedule.epochs)
             try:
-                loss = _step(model, optimizer, schedule, teacher, x, y)
+                loss = _step(model, optimizer, schedule, teacher, inputs, y)
             except _DivergedError as error:
                 raise TrainingError(
                     f"epoch {epoch + 1}, batch {index + 1}: {error}; expected a finite number. "
                     "Lower lr or neuron_lr, or look for NaN in the data; a checkpoint of the last whole epoch is kept "
                     "if one was asked for."
                 ) from error
-            total, seen = total + loss * len(x), seen + len(x)
+            samples = len(inputs[0])
+            total, seen = total + loss * samples, seen + samples
             if on_batch is not None:
                 on_batch(epoch, index, loss)
         model.eval()
@@ -165,11 +168,11 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     correct = count = 0
     with torch.no_grad():
         for batch in batches:
-            x, y = _split(batch, device)
+            inputs, y = _split(batch, model, device)
             if y is None:
                 raise TrainingError("validation batches have no labels; expected (x, y). Pass val=None.")
-            correct += int((model(x).argmax(1) == y).sum())
-            count += len(x)
+            correct += int((only_tensor(model(*inputs), "finetune").argmax(1) == y).sum())
+            count += len(y)
     if count == 0:
         raise TrainingError("the validation data gave no batch; expected at least one sample. Pass val=None.")
     return correct / count
@@ -199,10 +202,9 @@ def _set_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, progress: fl
         group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _split(batch: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    if isinstance(batch, Tensor):
-        return batch.to(device), None
-    return batch[0].to(device), batch[1].to(device)
+def _split(batch: Any, model: nn.Module, device: torch.device) -> tuple[list[Tensor], Tensor | None]:
+    inputs, y = split_batch(batch, input_count(model))
+    return [x.to(device) for x in inputs], None if y is None else y.to(device)
 
 
 def _count(batches: Iterable[Any]) -> int:
@@ -217,12 +219,13 @@ def _step(
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     teacher: nn.Module | None,
-    x: Tensor,
+    inputs: Sequence[Tensor],
     y: Tensor | None,
 ) -> float:
     with torch.no_grad():
-        target = None if teacher is None else teacher(x)
-    outputs = per_step(model, x) if schedule.loss.per_step else model(x)
+        target = None if teacher is None else only_tensor(teacher(*inputs), "finetune")
+    returned = per_step(model, *inputs) if schedule.loss.per_step else model(*inputs)
+    outputs = only_tensor(returned, "finetune")
     if y is not None and int(y.max()) >= outputs.shape[-1]:
         raise TrainingError(
             f"a label is {int(y.max())} and the network has {outputs.shape[-1]} outputs; expected labels below that. "

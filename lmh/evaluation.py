@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from .errors import ArgumentError, DataError
 from .ops import Kind, kind_of
 from .records import Evaluation, LayerWork
 from .spiking import SpikingSite
+from .structures import input_count, only_tensor, split_batch
 from .time_axis import FoldEvents, Readout, call, time_axis
 
 
@@ -27,7 +28,8 @@ def evaluate(
 
     Args:
         snn: from :func:`lmh.convert.convert` or :func:`lmh.convert.load`; not changed, run in eval mode.
-        data: batches (x, y), or x alone where there are no labels; x as the network takes it.
+        data: batches (x, y), or x alone where there are no labels; x as the network takes it. For a network with k
+            inputs, (x1, …, xk, y).
         ann: the source, for its accuracy and for how far the outputs are apart.
         on_batch: told the number of samples done.
 
@@ -35,7 +37,7 @@ def evaluate(
         Accuracies are fractions of 1; one entry for each t = 1…T.
 
     Raises:
-        ArgumentError: if ``snn`` is not a converted graph.
+        ArgumentError: if ``snn`` is not a converted graph, or returns several tensors.
         DataError: if the data gives no sample, or labels beyond the network's outputs.
     """
     time = time_axis(snn)
@@ -44,16 +46,18 @@ def evaluate(
     events = any(isinstance(module, FoldEvents) for module in snn.modules())
     modes = [(module, module.training) for model in (snn, ann) if model is not None for module in model.modules()]
     score, counter = _Score(time.timesteps), _Counter(snn, time.timesteps)
-    device = next(snn.parameters()).device
+    device, count = next(snn.parameters()).device, input_count(snn)
     try:
         snn.eval()
         with torch.no_grad(), call(time, Readout.PREFIXES, None):
             for batch in data:
-                x, y = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1].to(device))
-                if not torch.isfinite(x).all():
+                given, y = split_batch(batch, count)
+                inputs = [x.to(device) for x in given]
+                if not all(torch.isfinite(x).all() for x in inputs):
                     raise DataError("the data holds NaN or infinite values; expected finite ones. Check the images.")
-                outputs = counter.count(x.to(device), x.shape[1] if events else len(x))
-                score.add(outputs, y, None if ann is None else _ann_outputs(ann.eval(), x.to(device), events))
+                outputs = only_tensor(counter.count(inputs, inputs[0].shape[1 if events else 0]), "evaluate")
+                expected = None if ann is None else _ann_outputs(ann.eval(), inputs, events)
+                score.add(outputs, None if y is None else y.to(device), expected)
                 if on_batch is not None:
                     on_batch(score.samples)
     finally:
@@ -64,8 +68,11 @@ def evaluate(
     return score.result(counter)
 
 
-def _ann_outputs(ann: nn.Module, x: Tensor, events: bool) -> Tensor:
-    return ann(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(0) if events else ann(x)
+def _ann_outputs(ann: nn.Module, inputs: Sequence[Tensor], events: bool) -> Tensor:
+    if not events:
+        return only_tensor(ann(*inputs), "evaluate")
+    outputs = only_tensor(ann(*(x.flatten(0, 1) for x in inputs)), "evaluate")
+    return outputs.unflatten(0, inputs[0].shape[:2]).mean(0)
 
 
 class _Score:
@@ -135,10 +142,10 @@ class _Counter(fx.Interpreter):
         self.ann_macs: dict[fx.Node, float] = {}
         self.batch = 0
 
-    def count(self, x: Tensor, batch: int) -> Tensor:
+    def count(self, inputs: Sequence[Tensor], batch: int) -> Any:
         """Run a batch of ``batch`` samples and return the network's output."""
         self.batch = batch
-        return self.run(x)
+        return self.run(*inputs)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

@@ -10,6 +10,7 @@ import copy
 import operator
 import sys
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -196,7 +197,7 @@ def kind_of(node: fx.Node) -> Kind:
     """Return what ``node`` does.
 
     Activation functions count as ``ACTIVATION`` whether a rule covers them or not; a clamp does only if
-    it is a ReLU (``min=0`` and no maximum).
+    it is a ReLU (``min=0`` and no maximum). The dict or named tuple that is returned counts as ``OUTPUT``.
     """
     match node.op:
         case "placeholder":
@@ -208,6 +209,8 @@ def kind_of(node: fx.Node) -> Kind:
         case "call_module":
             return module_kind(type(module_of(node)))  # type: ignore[arg-type]
     target: Any = node.target
+    if _is_container(target):
+        return Kind.OUTPUT if all(kind_of(user) is Kind.OUTPUT for user in node.users) else Kind.UNKNOWN
     if target in CLAMPS:
         low, high = argument(node, 1, "min"), argument(node, 2, "max")
         return Kind.ACTIVATION if low == 0 and high is None else Kind.UNKNOWN
@@ -222,6 +225,11 @@ def kind_of(node: fx.Node) -> Kind:
     if target is operator.getitem:
         return Kind.SHAPE
     return (FUNCTION_KINDS if node.op == "call_function" else METHOD_KINDS).get(target, Kind.UNKNOWN)
+
+
+def _is_container(target: Any) -> bool:
+    """Whether calling ``target`` makes a dict, named tuple or dataclass: what a network returns, not what it computes."""
+    return isinstance(target, type) and (issubclass(target, dict) or hasattr(target, "_fields") or is_dataclass(target))
 
 
 def _product_kind(node: fx.Node) -> Kind:

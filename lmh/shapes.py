@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import ArgumentError
 from .ops import label
+from .structures import each_shape
 
 BATCHES = (2, 3)
 
@@ -30,7 +31,7 @@ class _Recorder(fx.Interpreter):
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             located = ArgumentError(
-                f"{label(n)}: an input of shape {self._input_shape()} does not fit ({reason}). "
+                f"{label(n)}: an input of shape {self._input_shapes()} does not fit ({reason}). "
                 "Pass example_input (on the command line --input-size C,H,W) of the shape that the model expects."
             )
             located.lmh_located = True  # type: ignore[attr-defined]
@@ -38,17 +39,17 @@ class _Recorder(fx.Interpreter):
         self.values[n] = value
         return value
 
-    def _input_shape(self) -> list[int | str]:
-        first = next(value for node, value in self.values.items() if node.op == "placeholder")
-        return ["N", *first.shape[1:]]
+    def _input_shapes(self) -> str:
+        inputs = [value for node, value in self.values.items() if node.op == "placeholder"]
+        return ", ".join(str(["N", *value.shape[1:]]) for value in inputs)
 
 
-def node_values(model: fx.GraphModule, input_shape: Sequence[int]) -> dict[fx.Node, Any]:
+def node_values(model: fx.GraphModule, input_shape: Sequence[Any]) -> dict[fx.Node, Any]:
     """Return the value of every node as fake tensors (shape, dtype, no data) and plain numbers.
 
     Args:
-        model: a traced network with one input.
-        input_shape: of the whole input, [N, *F] or [T, N, *F].
+        model: a traced network.
+        input_shape: of the whole input, [N, *F] or [T, N, *F]; for several inputs one shape for each.
 
     Raises:
         ArgumentError: if the input does not fit, with the node where it showed.
@@ -56,7 +57,9 @@ def node_values(model: fx.GraphModule, input_shape: Sequence[int]) -> dict[fx.No
     recorder = _Recorder(model)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
-        recorder.run(torch.empty(tuple(input_shape), dtype=parameter.dtype, device=parameter.device))
+        recorder.run(
+            *(torch.empty(shape, dtype=parameter.dtype, device=parameter.device) for shape in each_shape(input_shape))
+        )
     return recorder.values
 
 

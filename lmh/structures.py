@@ -1,0 +1,137 @@
+"""Several inputs and several outputs: what a batch holds for a network, and the tensors in what it returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .errors import ArgumentError, DataError
+
+Shape = tuple[int, ...]
+SampleShape = tuple[int, ...] | tuple[Shape, ...]
+
+
+def each_shape(sample_shape: Sequence[Any]) -> tuple[Shape, ...]:
+    """Return the shape of one sample of each input; a plain shape is that of a single input.
+
+    >>> each_shape((3, 8, 8)), each_shape(((3, 8, 8), (4,)))
+    (((3, 8, 8),), ((3, 8, 8), (4,)))
+    """
+    several = bool(sample_shape) and isinstance(sample_shape[0], Sequence)
+    return tuple(tuple(shape) for shape in sample_shape) if several else (tuple(sample_shape),)
+
+
+def as_sample_shape(shapes: Sequence[Sequence[int]]) -> SampleShape:
+    """Return the shapes of several inputs as they are kept: that of a single input is a plain shape.
+
+    >>> as_sample_shape([(3, 8, 8)]), as_sample_shape([(3, 8, 8), (4,)])
+    ((3, 8, 8), ((3, 8, 8), (4,)))
+    """
+    several = tuple(tuple(shape) for shape in shapes)
+    return several[0] if len(several) == 1 else several
+
+
+def batched(sample_shape: Sequence[Any], *leading: int) -> tuple[Shape, ...]:
+    """Return the shape of each whole input, [N, *F] or [T, N, *F] by what ``leading`` is.
+
+    >>> batched((3, 8, 8), 2)
+    ((2, 3, 8, 8),)
+    """
+    return tuple((*leading, *shape) for shape in each_shape(sample_shape))
+
+
+def input_count(model: nn.Module) -> int:
+    """Return how many tensors a network's forward needs: its parameters without a default, at least one.
+
+    >>> input_count(nn.Linear(4, 2)), input_count(nn.Bilinear(4, 4, 2))
+    (1, 2)
+    """
+    for module in model.modules():
+        parameters = inspect.signature(module.forward).parameters.values()
+        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+            continue  # a wrapper, such as DistributedDataParallel, hands its arguments on
+        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        return max(1, sum(parameter.default is parameter.empty for parameter in positional))
+    return 1
+
+
+def split_batch(batch: Any, inputs: int) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Return what a batch holds for a network with ``inputs`` inputs: these, and what follows them as labels.
+
+    Args:
+        batch: a tensor [N, *F], or a tuple or list (x_1, …, x_k), (x_1, …, x_k, y).
+        inputs: k.
+
+    Raises:
+        DataError: if the batch holds fewer tensors.
+    """
+    parts = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, tuple | list) else ()
+    given = parts[:inputs]
+    if len(given) < inputs or not all(isinstance(part, Tensor) for part in given):
+        held = structure_text(batch) if not parts else f"{len(parts)} part{'s' * (len(parts) != 1)}"
+        names = "x" if inputs == 1 else ", ".join(f"x{k}" for k in range(1, inputs + 1))
+        raise DataError(
+            f"a batch holds {held}; expected a tensor for each of the network's {inputs} inputs, as ({names}) or "
+            f"({names}, y). Let the loader give tuples of tensors."
+        )
+    return given, parts[inputs] if len(parts) > inputs else None
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """Return the leaves of nested tuples, lists, dicts and dataclasses, in order."""
+    plain = pytree.tree_leaves(value, is_leaf=lambda leaf: is_dataclass(leaf) and not isinstance(leaf, type))
+    found: list[Any] = []
+    for leaf in plain:
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            found += leaves_of([getattr(leaf, item.name) for item in fields(leaf)])
+        else:
+            found.append(leaf)
+    return found
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return the tensors in a network's output, in order."""
+    return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
+
+
+def only_tensor(output: Any, what: str) -> Tensor:
+    """Return the output, or the one tensor in it.
+
+    Args:
+        output: what a network returned.
+        what: who asks, for the message.
+
+    Raises:
+        ArgumentError: if it holds several tensors or none.
+    """
+    found = tensors_of(output)
+    if len(found) != 1:
+        raise ArgumentError(
+            f"{what}: the network returns {structure_text(output)}; expected one tensor. Wrap the ANN in a module "
+            "that returns the tensor you mean and convert that, or work on per_step or prefixes yourself."
+        )
+    return found[0]
+
+
+def structure_text(value: Any) -> str:
+    """Return the structure of a value in words.
+
+    >>> structure_text({"out": [1.0, 2.0], "aux": None})
+    "a dict with the keys 'out', 'aux'"
+    """
+    kind = type(value).__name__
+    if isinstance(value, Mapping):
+        return f"a {kind} with the keys {', '.join(repr(key) for key in value)}"
+    if isinstance(value, tuple | list):
+        return f"a {kind} of {len(value)}"
+    return f"a {kind}"
+
+
+def each_tensor(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply ``function`` to a tensor, or to every tensor in a tuple such as ``chunk`` returns."""
+    return function(value) if isinstance(value, Tensor) else pytree.tree_map_only(Tensor, function, value)
