@@ -134,7 +134,7 @@ _FLATTENS: set[Any] = {torch.flatten, torch.reshape, "flatten", "view", "reshape
 _KEEPS_CHANNELS: set[Any] = {
     torch.cat, torch.concat, torch.concatenate, torch.mean, "mean", "contiguous", F.dropout, F.dropout2d, F.dropout3d,
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
-    F.interpolate, operator.getitem, *_FLATTENS,
+    F.interpolate, F.max_pool1d, F.max_pool2d, F.max_pool3d, operator.getitem, *_FLATTENS,
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of,
 from ..records import Keep, NodeFate, Spike
 from ..shapes import BATCHES, batch_use, leading, node_values
 from ..structures import batched, structure_text, tensors_of
+from .maxpool import pool_fate, pool_problem
 from .rules import Plan, Rules
 
 Decisions = dict[fx.Node, Spike | Keep]
@@ -25,7 +26,7 @@ def audit(
 
     Args:
         model: a traced ANN without in-place nodes.
-        plan: rules, what to keep, and surgery.
+        plan: rules, what to keep, surgery, and what becomes of max-pools.
         sample_shape: shape of one input sample, or of one of each input.
 
     Returns:
@@ -35,7 +36,7 @@ def audit(
     fates: list[NodeFate] = []
     problems: list[str] = []
     for node in model.graph.nodes:
-        fate = "unchanged"
+        fate = pool_fate(node, plan.maxpool)
         try:
             decision = _decide(node, plan)
         except ArgumentError as error:
@@ -46,7 +47,7 @@ def audit(
                 decisions[node] = decision
                 fate = "converted" if isinstance(decision, Spike) else "kept"
         fates.append(NodeFate(label(node), describe(node), fate))
-    problems += [problem for node in model.graph.nodes if (problem := _pool_problem(node, decisions))]
+    problems += [problem for node in model.graph.nodes if (problem := pool_problem(node, decisions, plan.maxpool))]
     problems += _structure_problems(model)
     unknown = plan.keep - {fate.path for fate in fates}
     problems += [
@@ -129,52 +130,6 @@ def _refusal(node: fx.Node, kind: Kind, activation: nn.Module | None, rules: Rul
         f"{label(node)}: no rule for {describe(node)}, {reason}. Pass --keep {label(node)}, or --surgery relu, to "
         "leave it analog (keep=, surgery=ReluSurgery() in Python), or rewrite it with convolutions, sums and pools."
     )
-
-
-def pool_sources(pool: fx.Node) -> list[fx.Node]:
-    """Return the values that a max-pool reads, seen through a concat over channels."""
-    source = pool.all_input_nodes[0]
-    if is_channel_concat(source):
-        return list(source.args[0])  # type: ignore[arg-type]
-    return [source]
-
-
-def is_channel_concat(node: fx.Node) -> bool:
-    """Whether ``node`` joins tensors over axis 1."""
-    name = getattr(node.target, "__name__", "")
-    return node.op == "call_function" and name in ("cat", "concat", "concatenate") and argument(node, 1, "dim", 0) == 1
-
-
-def _pool_problem(node: fx.Node, decisions: Decisions) -> str | None:
-    if kind_of(node) is not Kind.MAXPOOL:
-        return None
-    module = module_of(node)
-    if getattr(module, "return_indices", False) or node.kwargs.get("return_indices"):
-        return f"{label(node)}: max-pool with return_indices has no spiking form. Pool without indices."
-    for source in pool_sources(node):
-        if isinstance(decisions.get(source), Spike) or kind_of(source) is Kind.MAXPOOL:
-            continue
-        spiking = _spikes_behind(source, decisions)
-        if spiking is not None:
-            return (
-                f"{label(node)}: a max-pool reads the spikes of {label(spiking)} through {label(source)}; expected "
-                "it directly behind the activation, or behind a weighted layer. Move the pool, or use an average pool."
-            )
-    return None
-
-
-def _spikes_behind(node: fx.Node, decisions: Decisions) -> fx.Node | None:
-    """Return a spiking activation that reaches ``node`` without a weighted layer between."""
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if isinstance(decisions.get(current), Spike):
-            return current
-        if current in seen or kind_of(current) is Kind.SYNAPSE:
-            continue
-        seen.add(current)
-        pending += current.all_input_nodes
-    return None
 
 
 def _structure_problems(model: fx.GraphModule) -> list[str]:

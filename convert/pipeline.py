@@ -10,11 +10,11 @@ from torch import Tensor, fx, nn
 
 from ..calibrate import FROM_QCFS, Policy, automatic, calibrate
 from ..errors import ArgumentError
-from ..ops import Kind, kind_of, label, module_of
 from ..records import Calibration, Prepared, Report, Spike
-from ..spiking import LMH, SpikingSite
+from ..spiking import LMH
 from ..structures import SampleShape, as_sample_shape, input_count, split_batch
 from ..time_axis import TimeAxis
+from .maxpool import BeforeNeuron, MaxPool, pool_notices
 from .prepare import prepare
 from .rules import ReluSurgery, Rules
 from .spike import DirectCoding, Encoding, EventFrames, spike
@@ -31,6 +31,7 @@ class Recipe:
         sample_shape: shape of one input sample; of several inputs a shape for each.
         keep: paths that stay analog.
         surgery: whether neurons stand in for what has no rule.
+        maxpool: what became of max-pools.
     """
 
     timesteps: int
@@ -39,6 +40,7 @@ class Recipe:
     sample_shape: SampleShape = ()
     keep: tuple[str, ...] = ()
     surgery: bool = False
+    maxpool: MaxPool = field(default_factory=BeforeNeuron)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def convert(
     encoding: Encoding | None = None,
     keep: Iterable[str] = (),
     surgery: ReluSurgery | None = None,
+    maxpool: MaxPool | None = None,
 ) -> Conversion:
     """Convert a pretrained ANN to a spiking network of LM-H neurons.
 
@@ -95,6 +98,8 @@ def convert(
         keep: paths of nodes that stay analog, as the audit names them.
         surgery: ``ReluSurgery()`` lets neurons stand in for SiLU, GELU and the like, and keeps gates, softmax and
             normalisations analog; fine-tune afterwards. Unless given, all of them are refused.
+        maxpool: what becomes of max-pools: ``BeforeNeuron()`` unless given, ``Gated()``, or ``AveragePool()``, which
+            changes the function and wants fine-tuning.
 
     Returns:
         The spiking network with its calibration and report.
@@ -114,8 +119,10 @@ def convert(
     data, examples = _first_batch(ann, data, example_input)
     leading = 2 if isinstance(encoding, EventFrames) else 1
     sample_shape = as_sample_shape([example.shape[leading:] for example in examples])
-    recipe = Recipe(timesteps, neuron or LMH(), encoding, sample_shape, tuple(keep), surgery is not None)
-    prepared = prepare(ann, sample_shape, rules=rules, keep=recipe.keep, surgery=surgery)
+    recipe = Recipe(
+        timesteps, neuron or LMH(), encoding, sample_shape, tuple(keep), surgery is not None, maxpool or BeforeNeuron()
+    )
+    prepared = prepare(ann, sample_shape, rules=rules, keep=recipe.keep, surgery=surgery, maxpool=recipe.maxpool)
     notices = []
     if not isinstance(calibration, Calibration):
         policy = calibration
@@ -152,18 +159,7 @@ def assemble(prepared: Prepared, calibration: Calibration, recipe: Recipe, notic
 
 def _approximations(snn: fx.GraphModule, prepared: Prepared, recipe: Recipe) -> Iterator[str]:
     """Say where the network differs from the ANN by more than the rounding of T steps."""
-    timed: set[fx.Node] = set()
-    pools = []
-    for node in snn.graph.nodes:
-        if isinstance(module_of(node), SpikingSite) or timed & set(node.all_input_nodes):
-            timed.add(node)
-        if kind_of(node) is Kind.MAXPOOL and node in timed:
-            pools.append(label(node))
-    if pools:
-        yield (
-            f"{len(pools)} max-pools take the maximum of currents that vary in time ({', '.join(pools)}); "
-            "their error does not vanish with T. Average pools have none."
-        )
+    yield from pool_notices(snn, prepared.fates)
     levels = {found.levels for found in prepared.activations.values() if isinstance(found, Spike) and found.levels}
     if levels - {recipe.timesteps}:
         known = ", ".join(str(level) for level in sorted(levels))

@@ -1,4 +1,4 @@
-"""PREPARE: one module for each activation call, max-pools before activations; output equal to the ANN's."""
+"""PREPARE: one module for each activation call, max-pools where their type wants them; output equal to the ANN's."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of,
 from ..records import Keep, NodeFate, Prepared, Spike
 from ..shapes import node_values
 from ..structures import as_sample_shape, batched, each_shape, leaves_of
-from .audit import Decisions, audit, is_channel_concat, pool_sources
+from .audit import Decisions, audit
 from .inplace import make_functional
+from .maxpool import BeforeNeuron, MaxPool, answering_as, gated_pools, place_pools
+from .paths import unique_path
 from .rules import Plan, ReluSurgery, Rules, merged
 from .tracing import trace
 
@@ -29,6 +31,7 @@ def prepare(
     rules: Rules | None = None,
     keep: Iterable[str] = (),
     surgery: ReluSurgery | None = None,
+    maxpool: MaxPool | None = None,
 ) -> Prepared:
     """Trace a copy of ``ann``, audit it and give every activation call a module of its own.
 
@@ -38,32 +41,36 @@ def prepare(
         rules: from activation type to rule, on top of the defaults.
         keep: paths of nodes that stay analog.
         surgery: what to do where no rule applies; None refuses.
+        maxpool: what becomes of max-pools; ``BeforeNeuron()`` unless given.
 
     Returns:
-        The prepared network. Its output equals the ANN's, which was checked on one random batch.
+        The prepared network. Its output equals the ANN's, or with ``AveragePool()`` that of the ANN with average pools,
+        which was checked on one random batch.
 
     Raises:
         AuditError: with every node that no rule covers.
         ArgumentError: if the input shape or the weights do not fit.
     """
-    plan = Plan(merged(rules), frozenset(keep), surgery)
+    plan = Plan(merged(rules), frozenset(keep), surgery, maxpool or BeforeNeuron())
     model, decisions, fates, problems = _audited(ann, sample_shape, plan)
     if problems:
         raise AuditError(problems)
     by_path = _activations_to_modules(model, decisions)
     _dropout_to_modules(model)
-    by_path = _move_maxpools(model, by_path)
+    by_path = place_pools(model, by_path, plan.maxpool)
     model.graph.eliminate_dead_code()
     model.graph.lint()
     model.recompile()
     model.delete_all_unused_submodules()
     model.eval()
-    _check_equal(ann, model, sample_shape)
+    _check_equal(ann, model, sample_shape, plan.maxpool)
     ordered = {str(node.target): by_path[str(node.target)] for node in model.graph.nodes if node.target in by_path}
     values = node_values(model, batched(sample_shape, 2))
     channels = {path: _channels(model, path, values) for path, found in ordered.items() if isinstance(found, Spike)}
     shape = as_sample_shape(each_shape(sample_shape))
-    return Prepared(model, ordered, shape, channels, tuple(fates), _coverage(fates, ordered, values))
+    coverage = _coverage(fates, ordered, values)
+    gated = gated_pools(model.graph, plan.maxpool)
+    return Prepared(model, ordered, shape, channels, tuple(fates), coverage, gated)
 
 
 def examine(
@@ -73,9 +80,12 @@ def examine(
     rules: Rules | None = None,
     keep: Iterable[str] = (),
     surgery: ReluSurgery | None = None,
+    maxpool: MaxPool | None = None,
 ) -> tuple[list[NodeFate], list[str]]:
     """The audit alone: the fate of every node, and the problems that :func:`prepare` would raise."""
-    _, _, fates, problems = _audited(ann, sample_shape, Plan(merged(rules), frozenset(keep), surgery))
+    _, _, fates, problems = _audited(
+        ann, sample_shape, Plan(merged(rules), frozenset(keep), surgery, maxpool or BeforeNeuron())
+    )
     return fates, problems
 
 
@@ -110,24 +120,6 @@ def _coverage(fates: Sequence[NodeFate], activations: Mapping[str, Any], values:
     spiking = sum(elements(node) for node in values if isinstance(activations.get(str(node.target)), Spike))
     analog = sum(elements(node) for node in values if label(node) in kept)
     return spiking / (spiking + analog)
-
-
-def unique_path(model: nn.Module, wanted: str) -> str:
-    """Return ``wanted``, or the first of ``wanted_1``, ``wanted_2``, … that names nothing in ``model``."""
-    path, count = wanted, 0
-    while _names_something(model, path):
-        count += 1
-        path = f"{wanted}_{count}"
-    return path
-
-
-def _names_something(model: nn.Module, path: str) -> bool:
-    current: Any = model
-    for part in path.split("."):
-        if not hasattr(current, part):
-            return False
-        current = getattr(current, part)
-    return True
 
 
 def _activations_to_modules(model: fx.GraphModule, decisions: Decisions) -> dict[str, Any]:
@@ -170,58 +162,7 @@ def _dropout_to_modules(model: fx.GraphModule) -> None:
         model.graph.erase_node(node)
 
 
-def _move_maxpools(model: fx.GraphModule, by_path: Mapping[str, Any]) -> dict[str, Any]:
-    """Put every max-pool behind a spiking activation in front of it.
-
-    For the ANN nothing changes: a monotone activation commutes with the maximum. For the spiking network
-    the neurons then receive the maximum of the currents. Over T steps that equals the maximum of the rates
-    in the window, for constant currents, where the rate grows with the current (IF and LIF; not every LM-H
-    setting) and θ and v_init do not vary within the window.
-    """
-    result = dict(by_path)
-    for pool in list(model.graph.nodes):
-        if kind_of(pool) is not Kind.MAXPOOL:
-            continue
-        source = pool.all_input_nodes[0]
-        if not any(isinstance(result.get(str(node.target)), Spike) for node in pool_sources(pool)):
-            continue
-        moved = {node: _pooled(model, pool, node, result) for node in pool_sources(pool)}
-        with model.graph.inserting_before(pool):
-            if is_channel_concat(source):
-                joined = model.graph.node_copy(source, lambda node: node)
-                joined.args = ([moved[node] for node in pool_sources(pool)], *source.args[1:])
-                replacement = joined
-            else:
-                replacement = moved[source]
-        pool.replace_all_uses_with(replacement)
-        model.graph.erase_node(pool)
-        model.graph.eliminate_dead_code()
-    called = {str(node.target) for node in model.graph.nodes}
-    return {path: decision for path, decision in result.items() if path in called}
-
-
-def _pooled(model: fx.GraphModule, pool: fx.Node, source: fx.Node, by_path: dict[str, Any]) -> fx.Node:
-    """Return act(pool(x)) for a spiking source act(x), else pool(source)."""
-    graph = model.graph
-    path = str(source.target)
-    spiking = isinstance(by_path.get(path), Spike)
-    read = source.args[0] if spiking else source
-    behind = pool.all_input_nodes[0]
-    with graph.inserting_before(pool):
-        new_pool = graph.node_copy(pool, lambda node: read if node is behind else node)
-        if not spiking:
-            return new_pool
-        new_path = path
-        if len(source.users) > 1 or len(behind.users) > 1:
-            new_path = unique_path(model, path)
-            model.add_submodule(new_path, copy.deepcopy(model.get_submodule(path)))
-            by_path[new_path] = by_path[path]
-        activation = graph.call_module(new_path, (new_pool,))
-    activation.meta = dict(source.meta)
-    return activation
-
-
-def _check_equal(ann: nn.Module, model: fx.GraphModule, sample_shape: Sequence[Any]) -> None:
+def _check_equal(ann: nn.Module, model: fx.GraphModule, sample_shape: Sequence[Any], maxpool: MaxPool) -> None:
     """Compare the prepared network with the source on one random batch, both in eval mode."""
     parameter = next((p for p in ann.parameters() if p.is_floating_point()), torch.empty(()))
     if parameter.device.type == "meta":
@@ -229,7 +170,7 @@ def _check_equal(ann: nn.Module, model: fx.GraphModule, sample_shape: Sequence[A
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=generator).to(parameter) for shape in batched(sample_shape, 2)]
     was_training = {module: module.training for module in ann.modules()}
-    with torch.no_grad():
+    with torch.no_grad(), answering_as(maxpool):
         try:
             expected = ann.eval()(*(x.clone() for x in inputs))
         finally:

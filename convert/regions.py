@@ -49,9 +49,7 @@ def misfolded(
     problems: list[str] = []
     for readout in (Readout.MEAN, Readout.PER_STEP):
         with call(time, readout, steps):
-            runs = [
-                node_values(model, batched(sample_shape, *([steps] if events else []), batch)) for batch in BATCHES
-            ]
+            runs = [node_values(model, batched(sample_shape, *([steps] if events else []), batch)) for batch in BATCHES]
         pairs = {node: (runs[0][node], runs[1][node]) for node in runs[0] if node.name in home}
         problems += _lines(pairs, home, readout, steps)
     return list(dict.fromkeys(problems))

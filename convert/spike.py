@@ -26,7 +26,8 @@ from ..time_axis import (
     TimeAxis,
     Timed,
 )
-from .prepare import unique_path
+from .maxpool import gate_pools
+from .paths import unique_path
 from .regions import Region, misfolded
 
 
@@ -75,6 +76,7 @@ def spike(
         raise AuditError(problems)
     _insert_sites(model, regions, prepared, calibration, neuron, time)
     _Folding(model, time, regions, uses).run()
+    gate_pools(model, time, [n for n, r in regions.items() if r is Region.TIMED and n.name in prepared.gated])
     if isinstance(encoding, EventFrames):
         _fold_inputs(model, time)
     model.graph.eliminate_dead_code()
@@ -144,7 +146,8 @@ def _own_sizes(graph: fx.Graph, regions: dict[fx.Node, Region], uses: dict[str, 
 
 def _returned_sizes(graph: fx.Graph, regions: dict[fx.Node, Region], uses: dict[str, str]) -> list[str]:
     """Say where the network returns a number that carries T besides N."""
-    returned = {source for node in graph.nodes if kind_of(node) is Kind.OUTPUT for source in node.all_input_nodes}
+    outputs = {node for node in graph.nodes if kind_of(node) is Kind.OUTPUT}
+    returned = {source for node in outputs for source in node.all_input_nodes} - outputs
     return [
         f"{label(node)}: returns a size that carries the batch size, read behind an activation where time is folded "
         "into the batch; expected it read off the input. Write x.size(0) with the input x."

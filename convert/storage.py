@@ -17,6 +17,7 @@ from ..records import Calibration, frozen_value, plain_value
 from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, sites
 from ..surrogates import Arctan, Rectangle, Sigmoid, Triangle
 from .loading import load_source
+from .maxpool import AveragePool, BeforeNeuron, Gated
 from .pipeline import Conversion, Recipe, assemble
 from .prepare import prepare
 from .rules import ReluSurgery, Rules
@@ -39,6 +40,9 @@ _TYPES = {
         Arctan,
         DirectCoding,
         EventFrames,
+        BeforeNeuron,
+        AveragePool,
+        Gated,
     )
 }
 MANIFEST = "lmh_manifest"
@@ -117,7 +121,7 @@ def load(
         raise ArtifactError(f"{path}: its recipe cannot be read ({error}). Make the file again.") from error
     ann = _architecture(path, manifest["source"], source, trust_pickle)
     surgery = ReluSurgery() if recipe.surgery else None
-    prepared = prepare(ann, recipe.sample_shape, rules=rules, keep=recipe.keep, surgery=surgery)
+    prepared = prepare(ann, recipe.sample_shape, rules=rules, keep=recipe.keep, surgery=surgery, maxpool=recipe.maxpool)
     snn = assemble(prepared, _stored_calibration(path, manifest, tensors), recipe).snn
     if _structure(snn) != manifest["structure"]:
         raise ArtifactError(

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from ..errors import ArgumentError, AuditError
 from ..ops import Kind, module_kind
-from ..structures import each_shape
+from ..structures import POSITIONAL, each_shape
 from .rules import DEFAULT_RULES, Rules
 
 
@@ -105,7 +105,7 @@ def _check(ann: nn.Module) -> None:
 
 def _check_inputs(ann: nn.Module, inputs: int) -> None:
     parameters = inspect.signature(ann.forward).parameters.values()
-    takes = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes = [p for p in parameters if p.kind in POSITIONAL]
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     missing = [name for name in needed if name not in [p.name for p in takes[:inputs]]]
     if len(takes) < inputs or missing:

@@ -207,7 +207,8 @@ def kind_of(node: fx.Node) -> Kind:
         case "get_attr":
             return Kind.PARAMETER
         case "call_module":
-            return module_kind(type(module_of(node)))  # type: ignore[arg-type]
+            kind = module_kind(type(module_of(node)))  # type: ignore[arg-type]
+            return Kind.SHAPE if kind is Kind.MAXPOOL and _selects(node) else kind
     target: Any = node.target
     if _is_container(target):
         return Kind.OUTPUT if all(kind_of(user) is Kind.OUTPUT for user in node.users) else Kind.UNKNOWN
@@ -224,11 +225,20 @@ def kind_of(node: fx.Node) -> Kind:
         return Kind.SIZE
     if target is operator.getitem:
         return Kind.SHAPE
-    return (FUNCTION_KINDS if node.op == "call_function" else METHOD_KINDS).get(target, Kind.UNKNOWN)
+    kind = (FUNCTION_KINDS if node.op == "call_function" else METHOD_KINDS).get(target, Kind.UNKNOWN)
+    return Kind.SHAPE if kind is Kind.MAXPOOL and _selects(node) else kind
+
+
+def _selects(pool: fx.Node) -> bool:
+    """Whether each window of a max-pool holds one value, as in feature pyramids: it then only leaves values out."""
+    module = module_of(pool)
+    size = getattr(module, "kernel_size", None) if module is not None else argument(pool, 1, "kernel_size")
+    indices = getattr(module, "return_indices", False) or argument(pool, 6, "return_indices", False)
+    return not indices and (size == 1 or (isinstance(size, tuple | list) and all(side == 1 for side in size)))
 
 
 def _is_container(target: Any) -> bool:
-    """Whether calling ``target`` makes a dict, named tuple or dataclass: what a network returns, not what it computes."""
+    """Whether ``target`` makes a dict, named tuple or dataclass: what a network returns, not what it computes."""
     return isinstance(target, type) and (issubclass(target, dict) or hasattr(target, "_fields") or is_dataclass(target))
 
 

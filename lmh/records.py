@@ -56,6 +56,7 @@ class Prepared:
         channels: size of axis 1 of each spiking activation, None where channels lie on another axis.
         fates: every node of the source's graph.
         spiking_coverage: share of activation elements that become spikes, 0 to 1.
+        gated: names of the max-pool nodes of ``model`` that are gated where they run in time (:mod:`lmh.gate`).
     """
 
     model: fx.GraphModule
@@ -64,6 +65,7 @@ class Prepared:
     channels: Mapping[str, int | None]
     fates: tuple[NodeFate, ...]
     spiking_coverage: float = 1.0
+    gated: frozenset[str] = frozenset()
 
     @property
     def spiking(self) -> list[str]:

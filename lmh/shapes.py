@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from .errors import ArgumentError
 from .ops import label
-from .structures import each_shape
+from .structures import each_shape, leaves_of, tensors_of
 
 BATCHES = (2, 3)
 
@@ -55,12 +56,24 @@ def node_values(model: fx.GraphModule, input_shape: Sequence[Any]) -> dict[fx.No
         ArgumentError: if the input does not fit, with the node where it showed.
     """
     recorder = _Recorder(model)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
         recorder.run(
             *(torch.empty(shape, dtype=parameter.dtype, device=parameter.device) for shape in each_shape(input_shape))
         )
     return recorder.values
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging the traceback of a shape that does not fit; the error says it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def batch_use(pair: tuple[Any, Any]) -> str:
@@ -70,7 +83,7 @@ def batch_use(pair: tuple[Any, Any]) -> str:
         ``"batched"`` (every tensor has N on axis 0 and nowhere else), ``"free"`` (N nowhere), ``"size"``
         (a number that carries N), or ``"mixed"``.
     """
-    leaves = [pytree.tree_leaves(_plain(value)) for value in pair]
+    leaves = [leaves_of(_plain(value)) for value in pair]
     if len(leaves[0]) != len(leaves[1]):
         return "mixed"
     return _worst([_leaf_use(a, b) for a, b in zip(*leaves, strict=True)])
@@ -98,4 +111,4 @@ def _leaf_use(a: Any, b: Any) -> str:
 
 def leading(value: Any) -> set[int]:
     """Return the sizes of axis 0 of all tensors in ``value``."""
-    return {leaf.shape[0] for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim}
+    return {leaf.shape[0] for leaf in tensors_of(value) if leaf.ndim}

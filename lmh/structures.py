@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import ArgumentError, DataError
 
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 Shape = tuple[int, ...]
 SampleShape = tuple[int, ...] | tuple[Shape, ...]
 
@@ -53,10 +54,10 @@ def input_count(model: nn.Module) -> int:
     """
     for module in model.modules():
         parameters = inspect.signature(module.forward).parameters.values()
-        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-            continue  # a wrapper, such as DistributedDataParallel, hands its arguments on
-        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        return max(1, sum(parameter.default is parameter.empty for parameter in positional))
+        needed = [p for p in parameters if p.kind in POSITIONAL and p.default is p.empty]
+        if needed or not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            return max(1, len(needed))
+        # else a wrapper, such as DistributedDataParallel, that hands its arguments on
     return 1
 
 
@@ -73,11 +74,10 @@ def split_batch(batch: Any, inputs: int) -> tuple[tuple[Tensor, ...], Tensor | N
     parts = (batch,) if isinstance(batch, Tensor) else tuple(batch) if isinstance(batch, tuple | list) else ()
     given = parts[:inputs]
     if len(given) < inputs or not all(isinstance(part, Tensor) for part in given):
-        held = structure_text(batch) if not parts else f"{len(parts)} part{'s' * (len(parts) != 1)}"
         names = "x" if inputs == 1 else ", ".join(f"x{k}" for k in range(1, inputs + 1))
         raise DataError(
-            f"a batch holds {held}; expected a tensor for each of the network's {inputs} inputs, as ({names}) or "
-            f"({names}, y). Let the loader give tuples of tensors."
+            f"a batch is {structure_text(batch)}; expected a tuple ({names}) or ({names}, y) of tensors, as the "
+            f"network takes {inputs} input{'s' * (inputs != 1)}. Let the loader give tuples of tensors."
         )
     return given, parts[inputs] if len(parts) > inputs else None
 
@@ -124,12 +124,11 @@ def structure_text(value: Any) -> str:
     >>> structure_text({"out": [1.0, 2.0], "aux": None})
     "a dict with the keys 'out', 'aux'"
     """
-    kind = type(value).__name__
+    name = type(value).__name__
+    kind = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
     if isinstance(value, Mapping):
-        return f"a {kind} with the keys {', '.join(repr(key) for key in value)}"
-    if isinstance(value, tuple | list):
-        return f"a {kind} of {len(value)}"
-    return f"a {kind}"
+        return f"{kind} with the keys {', '.join(repr(key) for key in value)}"
+    return f"{kind} of {len(value)}" if isinstance(value, tuple | list) else kind
 
 
 def each_tensor(function: Callable[[Tensor], Tensor], value: Any) -> Any:

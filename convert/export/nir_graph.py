@@ -28,7 +28,7 @@ from ...time_axis import (
     time_axis,
 )
 from ..audit import describe
-from .deploy import input_shape_of
+from .deploy import input_shapes_of
 from .nir_build import Builder, float32
 from .nir_layers import conv_options, normalisation
 from .nir_neurons import Fit, neuron_for
@@ -101,7 +101,7 @@ class Translation:
         self.problems: list[str] = []
         self.lost: dict[str, tuple[str, ...]] = {}
         with call(time_axis(snn), Readout.MEAN, 1):
-            self._values = node_values(snn, input_shape_of(snn, sample_shape, 1))
+            self._values = node_values(snn, input_shapes_of(snn, sample_shape, 1))
         self.builder.add("input", nir.Input(np.array(sample_shape)), [], sample_shape)
         self._input = output_of("input", sample_shape)
         self._env: dict[fx.Node, Any] = {}
