@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ..gate import Accumulate, Increments
-from ..ops import Kind, argument, kind_of, label, module_of
+from ..ops import ADAPTIVE_MAXPOOL_FUNCTIONS, Kind, argument, kind_of, label, module_of
 from ..records import Keep, NodeFate, Spike
 from ..spiking import SpikingSite
 from ..time_axis import FoldEvents, TimeAxis, Timed
@@ -73,7 +73,6 @@ _AVERAGES: dict[Any, Any] = {
 
 
 _ADAPTIVE = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
-_ADAPTIVE_FUNCTIONS = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
 
 
 def pool_sources(pool: fx.Node) -> list[fx.Node]:
@@ -94,8 +93,8 @@ def pool_problem(node: fx.Node, decisions: Mapping[fx.Node, Spike | Keep], maxpo
     """Say why a node that is a max-pool cannot be converted as asked; None if it can or is none."""
     if kind_of(node) is not Kind.MAXPOOL:
         return None
-    module = module_of(node)
-    if getattr(module, "return_indices", False) or argument(node, 6, "return_indices", False):
+    place = 2 if node.target in ADAPTIVE_MAXPOOL_FUNCTIONS else 6
+    if getattr(module_of(node), "return_indices", False) or argument(node, place, "return_indices", False):
         return f"{label(node)}: max-pool with return_indices has no spiking form. Pool without indices."
     match maxpool:
         case Gated():
@@ -287,7 +286,7 @@ def _arguments(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     def adaptive(input: Any, output_size: Any, return_indices: Any = False) -> tuple[Any, ...]:
         return input, output_size
 
-    return (adaptive if target in _ADAPTIVE_FUNCTIONS else window)(*args, **kwargs)
+    return (adaptive if target in ADAPTIVE_MAXPOOL_FUNCTIONS else window)(*args, **kwargs)
 
 
 class _Averaging(TorchFunctionMode):

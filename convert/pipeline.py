@@ -12,7 +12,7 @@ from ..calibrate import FROM_QCFS, Policy, automatic, calibrate
 from ..errors import ArgumentError
 from ..records import Calibration, Prepared, Report, Spike
 from ..spiking import LMH
-from ..structures import SampleShape, as_sample_shape, input_count, split_batch
+from ..structures import SampleShape, as_sample_shape, input_count, split_batch, structure_text
 from ..time_axis import TimeAxis
 from .maxpool import BeforeNeuron, MaxPool, pool_notices
 from .prepare import prepare
@@ -178,7 +178,13 @@ def _first_batch(
             "Pass example_input=torch.zeros(1, 3, 224, 224), say."
         )
     if example_input is not None:
-        return data, (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+        examples = (example_input,) if isinstance(example_input, Tensor) else example_input
+        if not (isinstance(examples, tuple | list) and examples and all(isinstance(x, Tensor) for x in examples)):
+            raise ArgumentError(
+                f"convert: example_input is {structure_text(example_input)}; expected a tensor [N, …], or a tuple of "
+                "one for each input. Pass example_input=torch.zeros(1, 3, 224, 224), or (x1, x2)."
+            )
+        return data, tuple(examples)
     assert data is not None
     iterator: Iterator[Any] = iter(data)
     first = next(iterator, None)

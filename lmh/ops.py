@@ -53,6 +53,7 @@ AVGPOOL_MODULES = (
 MAXPOOL_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
 )  # fmt: skip
+ADAPTIVE_MAXPOOL_FUNCTIONS = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 IDENTITY_MODULES = (nn.Identity, *DROPOUT_MODULES)
 READOUT_MODULES = (nn.Softmax, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)
@@ -92,7 +93,7 @@ FUNCTION_KINDS: dict[Callable[..., Any], Kind] = {
         Kind.SHAPE,
     ),
     **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), Kind.MAXPOOL),
-    **dict.fromkeys((F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d), Kind.MAXPOOL),
+    **dict.fromkeys(ADAPTIVE_MAXPOOL_FUNCTIONS, Kind.MAXPOOL),
     **dict.fromkeys((torch.max_pool1d, torch.max_pool2d, torch.max_pool3d), Kind.MAXPOOL),
     **dict.fromkeys((F.softmax, F.log_softmax, F.sigmoid), Kind.READOUT),
     **dict.fromkeys((torch.softmax, torch.log_softmax, torch.sigmoid), Kind.READOUT),
@@ -232,6 +233,8 @@ def kind_of(node: fx.Node) -> Kind:
 def _selects(pool: fx.Node) -> bool:
     """Whether each window of a max-pool holds one value, as in feature pyramids: it then only leaves values out."""
     module = module_of(pool)
+    if pool.target in ADAPTIVE_MAXPOOL_FUNCTIONS:
+        return False
     size = getattr(module, "kernel_size", None) if module is not None else argument(pool, 1, "kernel_size")
     indices = getattr(module, "return_indices", False) or argument(pool, 6, "return_indices", False)
     return not indices and (size == 1 or (isinstance(size, tuple | list) and all(side == 1 for side in size)))

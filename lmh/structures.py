@@ -124,7 +124,7 @@ def structure_text(value: Any) -> str:
     >>> structure_text({"out": [1.0, 2.0], "aux": None})
     "a dict with the keys 'out', 'aux'"
     """
-    name = type(value).__name__
+    name = type(value).__name__.removeprefix("immutable_")  # what fx makes of a dict or list
     kind = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
     if isinstance(value, Mapping):
         return f"{kind} with the keys {', '.join(repr(key) for key in value)}"
