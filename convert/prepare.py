@@ -30,7 +30,8 @@ from ..shapes import node_values
 from .audit import Decisions, audit, is_channel_concat, pool_sources
 from .equality import same_answers
 from .inplace import make_functional
-from .paths import assign_paths, unique_path
+from .labels import assign_paths
+from .paths import unique_path
 from .refusals import describe
 from .rules import Plan, ReluSurgery, Rules, merged
 from .tracing import bare, trace

@@ -86,6 +86,7 @@ DROPOUT_FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.alpha_dropout: nn.AlphaDropout,
     F.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
+ADAPTIVE_MAXPOOL_FUNCTIONS = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
 SYNAPSE_FUNCTIONS: set[Any] = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
 }  # fmt: skip
@@ -121,7 +122,7 @@ FUNCTION_KINDS: dict[Callable[..., Any], Kind] = {
         Kind.SHAPE,
     ),
     **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), Kind.MAXPOOL),
-    **dict.fromkeys((F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d), Kind.MAXPOOL),
+    **dict.fromkeys(ADAPTIVE_MAXPOOL_FUNCTIONS, Kind.MAXPOOL),
     **dict.fromkeys((torch.max_pool1d, torch.max_pool2d, torch.max_pool3d), Kind.MAXPOOL),
     **dict.fromkeys((F.softmax, F.log_softmax, F.sigmoid, F.logsigmoid), Kind.READOUT),
     **dict.fromkeys((torch.softmax, torch.log_softmax, torch.sigmoid), Kind.READOUT),

@@ -108,5 +108,6 @@ def _leaf_use(a: Any, b: Any) -> str:
 
 
 def leading(value: Any) -> set[int]:
-    """Return the sizes of axis 0 of all tensors in ``value``."""
-    return {leaf.shape[0] for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim}
+    """Return the sizes of axis 0 of all tensors in ``value`` that hold anything; attention may give an empty one."""
+    leaves = pytree.tree_leaves(value)
+    return {leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim and leaf.numel()}
