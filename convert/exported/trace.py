@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 from ...errors import ArgumentError, AuditError
 from .importer import modules_from_export
@@ -65,7 +66,36 @@ def trace_by_export(
     copied = copy.deepcopy(model).eval()
     imported = modules_from_export(_exported(copied, _at_least_two(example)))
     restore_leaves(imported, copied, is_leaf)
+    _check_one(copied, imported, example)
     return imported
+
+
+def _check_one(model: nn.Module, imported: fx.GraphModule, example: Tensor) -> None:
+    """Compare the graph with the model on a batch of one, which torch.export takes for one of more.
+
+    Raises:
+        AuditError: if they answer differently.
+    """
+    x = torch.randn((1, *example.shape[1:]), generator=torch.Generator().manual_seed(0)).to(example)
+    if example.is_meta:
+        return
+    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        try:
+            expected = pytree.tree_leaves(model(x.clone()))
+        except Exception:  # a model that does not take one sample alone decides nothing by it
+            return
+        got = pytree.tree_leaves(imported(x.clone()))
+    for one, other in zip(expected, got, strict=True):
+        if not isinstance(one, Tensor):
+            continue
+        scale = float(one.abs().max()) if one.numel() else 1.0
+        if one.shape != other.shape or not torch.allclose(one, other, 1e-3, 1e-3 * scale, equal_nan=True):
+            raise AuditError(
+                [
+                    f"{type(model).__name__}: its forward does something else for a batch of one than for larger ones; "
+                    "expected the same for every batch size. Leave the batch size out of decisions."
+                ]
+            )
 
 
 def _at_least_two(example: Tensor) -> Tensor:
