@@ -84,6 +84,10 @@ def load_source(
         UnsafePickleError: if reading it would import or run what was not allowed.
         ArchitectureError: if its tensors fit no architecture, several, or not the one named.
         ArgumentError: for an unknown name, or options that do not go together.
+
+    >>> source = load_source("zoo:digits-cnn")
+    >>> source.num_classes, source.model.training
+    (10, False)
     """
     if name.startswith(("zoo:", TORCHVISION)):
         for option, value in (("arch", arch), ("entry", entry)):
