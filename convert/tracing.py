@@ -125,12 +125,14 @@ def _is_of_known_modules(model: fx.GraphModule, tracer: _Tracer) -> bool:
     Graphs of torch.export and make_fx call operators, and graphs with a code generator of their own take their
     input apart; both are traced again.
     """
-    return type(model.graph._codegen) is fx.graph.CodeGen and all(
-        tracer.is_leaf_module(model.get_submodule(str(node.target)), str(node.target))
-        if node.op == "call_module"
-        else not isinstance(node.target, torch._ops.OpOverload)
-        for node in model.graph.nodes
-    )
+    called = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
+    known = all(tracer.is_leaf_module(model.get_submodule(path), path) for path in called)
+    return known and type(model.graph._codegen) is fx.graph.CodeGen and not _calls_operators(model)
+
+
+def _calls_operators(graph: fx.GraphModule) -> bool:
+    targets = (node.target for node in graph.graph.nodes)
+    return any(isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" for target in targets)
 
 
 def _problem(model: nn.Module, graph: fx.GraphModule, sample_shape: Sequence[int]) -> str | None:
@@ -140,6 +142,8 @@ def _problem(model: nn.Module, graph: fx.GraphModule, sample_shape: Sequence[int
         return "the forward takes any number of inputs"
     if any(node.args and node.users for node in inputs):
         return "the forward has optional inputs"
+    if _calls_operators(graph):
+        return "the graph is one of operators, without modules"
     x = _example(model, sample_shape)
     if x.is_meta:
         return None
