@@ -30,8 +30,9 @@ from ..structures import as_sample_shape, batched, each_shape, tensors_of
 from .audit import Decisions, audit
 from .equality import same_answers
 from .inplace import make_functional
+from .labels import assign_paths
 from .maxpool import BeforeNeuron, MaxPool, gated_pools, place_pools
-from .paths import assign_paths, unique_path
+from .paths import unique_path
 from .refusals import describe
 from .rules import Plan, ReluSurgery, Rules, merged
 from .tracing import bare, trace

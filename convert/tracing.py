@@ -182,12 +182,14 @@ def _is_of_known_modules(model: fx.GraphModule, tracer: _Tracer, inputs: int) ->
     placeholders = [node for node in model.graph.nodes if node.op == "placeholder"]
     if len(placeholders) != inputs or any(node.args for node in placeholders):
         return False
-    return type(model.graph._codegen) is fx.graph.CodeGen and all(
-        tracer.is_leaf_module(model.get_submodule(str(node.target)), str(node.target))
-        if node.op == "call_module"
-        else not isinstance(node.target, torch._ops.OpOverload)
-        for node in model.graph.nodes
-    )
+    called = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
+    known = all(tracer.is_leaf_module(model.get_submodule(path), path) for path in called)
+    return known and type(model.graph._codegen) is fx.graph.CodeGen and not _calls_operators(model)
+
+
+def _calls_operators(graph: fx.GraphModule) -> bool:
+    targets = (node.target for node in graph.graph.nodes)
+    return any(isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" for target in targets)
 
 
 def _problem(model: nn.Module, graph: fx.GraphModule, sample_shape: Sequence[Any]) -> str | None:
@@ -195,6 +197,8 @@ def _problem(model: nn.Module, graph: fx.GraphModule, sample_shape: Sequence[Any
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     if len(inputs) < len(each_shape(sample_shape)):
         return "the forward takes any number of inputs"
+    if _calls_operators(graph):
+        return "the graph is one of operators, without modules"
     examples = _examples(model, sample_shape)
     if any(x.is_meta for x in examples):
         return None

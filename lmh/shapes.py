@@ -110,5 +110,5 @@ def _leaf_use(a: Any, b: Any) -> str:
 
 
 def leading(value: Any) -> set[int]:
-    """Return the sizes of axis 0 of all tensors in ``value``."""
-    return {leaf.shape[0] for leaf in tensors_of(value) if leaf.ndim}
+    """Return the sizes of axis 0 of all tensors in ``value`` that hold anything; attention may give an empty one."""
+    return {leaf.shape[0] for leaf in tensors_of(value) if leaf.ndim and leaf.numel()}

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import flow_nets
 import nets
@@ -225,8 +226,22 @@ class TestGraphs:
         x = torch.rand(5, 4)
         assert torch.allclose(graph(x), model(x), atol=1e-6)
         assert graph.state_dict().keys() == model.state_dict().keys()
+        assert [type(found).__name__ for found in graph.children()] == ["Linear", "ReLU", "Linear"]
         with pytest.raises(ArgumentError, match=r"ExportedProgram.*expected a torch\.nn\.Module.*modules_from_export"):
             convert(program, 2, data=torch.rand(8, 4))
+
+    def test_a_graph_of_make_fx_becomes_modules(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+        graph = make_fx(model)(torch.rand(2, 4))
+        conversion = convert(graph, 4, data=torch.rand(8, 4))
+        assert len(sites(conversion.snn)) == 1
+        x = torch.rand(5, 4)
+        assert torch.allclose(conversion.prepared.model(x), model(x), atol=1e-6)
+
+    def test_a_program_of_one_batch_size_is_refused_with_advice(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+        with pytest.raises(AuditError, match="fixes the batch size"):
+            convert(torch.export.export(model, (torch.rand(2, 4),)).module(), 2, data=torch.rand(8, 4))
 
     def test_a_rule_makes_a_module_of_a_graph_a_leaf(self) -> None:
         class Mine(nn.Module):

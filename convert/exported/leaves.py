@@ -46,6 +46,8 @@ def restore_leaves(imported: fx.GraphModule, model: nn.Module, is_leaf: Callable
 
 
 def _takes_one(module: nn.Module) -> bool:
+    if type(module).forward is nn.Module.forward:  # a container, as an exported program is made of
+        return False
     required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
     return len(required) == 1
 

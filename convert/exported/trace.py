@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 from ...errors import ArgumentError, AuditError
 from ...structures import POSITIONAL
@@ -68,7 +69,37 @@ def trace_by_export(
     examples = (example,) if isinstance(example, Tensor) else tuple(example)
     imported = modules_from_export(_exported(copied, tuple(map(_at_least_two, examples))))
     restore_leaves(imported, copied, is_leaf)
+    _check_one(copied, imported, examples)
     return imported
+
+
+def _check_one(model: nn.Module, imported: fx.GraphModule, examples: tuple[Tensor, ...]) -> None:
+    """Compare the graph with the model on a batch of one, which torch.export takes for one of more.
+
+    Raises:
+        AuditError: if they answer differently.
+    """
+    if any(example.is_meta for example in examples):
+        return
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn((1, *example.shape[1:]), generator=generator).to(example) for example in examples]
+    with torch.no_grad(), torch.random.fork_rng(devices=[x.device for x in inputs[:1] if x.is_cuda]):
+        try:
+            expected = pytree.tree_leaves(model(*(x.clone() for x in inputs)))
+        except Exception:  # a model that does not take one sample alone decides nothing by it
+            return
+        got = pytree.tree_leaves(imported(*(x.clone() for x in inputs)))
+    for one, other in zip(expected, got, strict=True):
+        if not isinstance(one, Tensor):
+            continue
+        scale = float(one.abs().max()) if one.numel() else 1.0
+        if one.shape != other.shape or not torch.allclose(one, other, 1e-3, 1e-3 * scale, equal_nan=True):
+            raise AuditError(
+                [
+                    f"{type(model).__name__}: its forward does something else for a batch of one than for larger ones; "
+                    "expected the same for every batch size. Leave the batch size out of decisions."
+                ]
+            )
 
 
 def _at_least_two(example: Tensor) -> Tensor:
