@@ -112,7 +112,7 @@ def _average_problem(pool: fx.Node) -> str | None:
         return None
     return (
         f"{label(pool)}: a max-pool with dilation {dilation}, and there is no such average pool; expected dilation 1. "
-        "Pass maxpool=Gated() or BeforeNeuron()."
+        "Pass --maxpool gated or before (maxpool=Gated() or BeforeNeuron() in Python)."
     )
 
 
@@ -125,7 +125,7 @@ def _order_problem(pool: fx.Node, decisions: Mapping[fx.Node, Spike | Keep]) -> 
             return (
                 f"{label(pool)}: a max-pool reads the spikes of {label(spiking)} through {label(source)}; expected "
                 "it directly behind the activation, or behind a weighted layer. Move the pool, or pass "
-                "maxpool=Gated() or AveragePool()."
+                "--maxpool gated or average (maxpool=Gated() or AveragePool() in Python)."
             )
     return None
 
@@ -212,7 +212,8 @@ def pool_notices(snn: fx.GraphModule, fates: tuple[NodeFate, ...]) -> Iterator[s
     if pools:
         yield (
             f"{len(pools)} max-pools take the maximum of currents that vary in time ({', '.join(pools)}); "
-            "their error does not vanish with T. Gated max-pools and average pools have none: maxpool=Gated()."
+            "their error does not vanish with T. Gated max-pools and average pools have none: --maxpool gated "
+            "(maxpool=Gated() in Python)."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from lmh import LIF, LMH, PerStep, carry_state, evaluate, per_step, prefixes, sites
 from lmh.artifact import read_snn, write_snn
 from lmh.calibrate import BatchNormStatistics, Max
+from lmh.cli import lmh, run
 from lmh.convert import (
     MAXPOOLS,
     AveragePool,
@@ -304,7 +306,10 @@ class TestWhatIsRefused:
     def test_dilated_windows_cannot_be_averaged(self) -> None:
         for pool in (nn.MaxPool2d(2, dilation=2), lambda x: F.max_pool2d(x, 2, dilation=(1, 2))):
             ann = Spelled(pool, 2)
-            with pytest.raises(AuditError, match=r"max-pool with dilation .*2\)?, and .* Pass maxpool=Gated\(\)"):
+            with pytest.raises(
+                AuditError,
+                match=r"max-pool with dilation .*2\)?, and .* Pass --maxpool gated or before \(maxpool=Gated\(\)",
+            ):
                 prepare(ann, (1, 6, 6), maxpool=AveragePool())
 
     @pytest.mark.parametrize("maxpool", TYPES)
@@ -490,3 +495,55 @@ class TestConversions:
         _, conversion, x = converted(Gated(), 4)
         snn = conversion.snn.double()
         assert torch.allclose(torch.compile(snn)(x.double()), snn(x.double()), atol=1e-12)
+
+
+class TestCommand:
+    """``lmh-convert --maxpool``."""
+
+    DATA = ("--data", "digits", "--input-size", "1,8,8", "--mean", "0.5", "--std", "0.5", "--calibration-samples", "64",
+            "--test-samples", "40", "--json")  # fmt: skip
+
+    @pytest.fixture
+    def file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+        monkeypatch.chdir(tmp_path)
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.MaxPool2d(2))
+        torch.save(nn.Sequential(*layers, nn.Flatten(), nn.Linear(36, 10)).eval(), "net.pt")
+        return "net.pt"
+
+    @pytest.mark.parametrize("name", MAXPOOLS)
+    def test_the_name_is_the_type(self, file: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(lmh, ["convert", file, "-T", "4", "--maxpool", name, *self.DATA]) == 0
+        result = json.loads(capsys.readouterr().out)
+        snn = load(result["output"], source=file)
+        assert snn.meta["lmh_manifest"]["recipe"]["maxpool"]["type"] == type(MAXPOOLS[name]).__name__
+        assert any(isinstance(module, Accumulate) for module in snn.modules()) == (name == "gated")
+        assert any(isinstance(module, nn.AvgPool2d) for module in snn.modules()) == (name == "average")
+        notices = " ".join(result["notices"])
+        assert ("--maxpool gated" in notices) == (name == "before")
+        assert ("became average pools" in notices) == (name == "average")
+
+    @pytest.mark.parametrize(
+        ("name", "fate"), [("before", "unchanged"), ("average", "averaged"), ("gated", "unchanged")]
+    )
+    def test_a_dry_run_uses_it(self, file: str, name: str, fate: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(lmh, ["convert", file, "-T", "4", "--maxpool", name, "--dry-run", *self.DATA]) == 0
+        fates = {node["path"]: node["fate"] for node in json.loads(capsys.readouterr().out)["fates"]}
+        assert fates["4"] == ("averaged" if name == "average" else "unchanged")
+
+    def test_the_advice_of_an_audit_works(self, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+        layers = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 10))
+        torch.save(nn.Sequential(*layers).eval(), file)
+        call = ["convert", file, "-T", "4", "--dry-run", *self.DATA]
+        assert run(lmh, call) == 1
+        assert "pass --maxpool gated or average" in json.loads(capsys.readouterr().out)["problems"][0]
+        for name in ("gated", "average"):
+            assert run(lmh, [*call, "--maxpool", name]) == 0
+
+    def test_help_says_what_each_means(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run(lmh, ["convert", "--help"]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        for part in ("[before|average|gated]", "before: the maximum of the currents", "gated: behind them", "average:"):
+            assert part in shown
+        assert run(lmh, ["convert", "net.pt", "-T", "4", "--maxpool", "max"]) == 2
+        assert "'max' is not one of 'before', 'average', 'gated'" in capsys.readouterr().err
