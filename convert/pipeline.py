@@ -109,6 +109,7 @@ def convert(
         AuditError: listing every node that no rule covers.
         CalibrationError: if thresholds cannot be found with what was given.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> conversion = convert(net, timesteps=4, data=torch.rand(16, 4))
     >>> conversion.snn(torch.rand(3, 4)).shape

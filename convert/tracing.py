@@ -26,7 +26,8 @@ class _Tracer(fx.Tracer):
     forward goes the way it goes without a mask; a symbolic value would be never None.
     """
 
-    def __init__(self, rules: Rules = DEFAULT_RULES, inputs: int = 1) -> None:
+    def __init__(self, rules: Rules = DEFAULT_RULES, inputs: int | None = None) -> None:
+        """Take ``inputs`` inputs; all that forward has if None, as when torch.load traces a pickled graph again."""
         super().__init__()
         self._rules = rules
         self._inputs = inputs
@@ -40,6 +41,8 @@ class _Tracer(fx.Tracer):
     ) -> tuple[Any, list[Any]]:
         """Make a placeholder for each input, and give forward its own defaults for the rest."""
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        if self._inputs is None:
+            return function, args
         parameters = inspect.signature(inspect.unwrap(root_fn)).parameters
         for position, proxy in enumerate(args[1:], 1):
             name = str(proxy.node.target)
@@ -83,6 +86,8 @@ def trace(ann: nn.Module, rules: Rules, sample_shape: Sequence[Any] = ()) -> fx.
         graph = tracer.trace(model)
     except Exception as error:
         raise AuditError([_untraceable(error)]) from error
+    for node in graph.nodes:
+        node.type = None  # an annotation that is text, as postponed ones are, cannot be pickled with the graph
     return fx.GraphModule(tracer.root, graph, type(ann).__name__)
 
 

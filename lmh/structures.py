@@ -77,7 +77,8 @@ def split_batch(batch: Any, inputs: int) -> tuple[tuple[Tensor, ...], Tensor | N
         names = "x" if inputs == 1 else ", ".join(f"x{k}" for k in range(1, inputs + 1))
         raise DataError(
             f"a batch is {structure_text(batch)}; expected a tuple ({names}) or ({names}, y) of tensors, as the "
-            f"network takes {inputs} input{'s' * (inputs != 1)}. Let the loader give tuples of tensors."
+            f"network takes {inputs} input{'s' * (inputs != 1)}. Let the loader give tuples of tensors; "
+            f"one batch alone is [({names})]."
         )
     return given, parts[inputs] if len(parts) > inputs else None
 
