@@ -33,7 +33,8 @@ class _Tracer(fx.Tracer):
     forward goes the way it goes without a mask; a symbolic value would be never None.
     """
 
-    def __init__(self, rules: Rules = DEFAULT_RULES, inputs: int = 1) -> None:
+    def __init__(self, rules: Rules = DEFAULT_RULES, inputs: int | None = None) -> None:
+        """Take ``inputs`` inputs; all that forward has if None, as when torch.load traces a pickled graph again."""
         super().__init__()
         self._rules = rules
         self._inputs = inputs
@@ -47,6 +48,8 @@ class _Tracer(fx.Tracer):
     ) -> tuple[Any, list[Any]]:
         """Make a placeholder for each input, and give forward its own defaults for the rest."""
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        if self._inputs is None:
+            return function, args
         parameters = inspect.signature(inspect.unwrap(root_fn)).parameters
         for position, proxy in enumerate(args[1:], 1):
             name = str(proxy.node.target)
@@ -100,6 +103,8 @@ def trace(ann: nn.Module, rules: Rules, sample_shape: Sequence[Any]) -> fx.Graph
     except Exception as error:  # whatever the forward does to a symbolic value
         problem: str | None = _stopped(error)
     else:
+        for node in graph.nodes:
+            node.type = None  # an annotation that is text, as postponed ones are, cannot be pickled with the graph
         traced = fx.GraphModule(tracer.root, graph, type(ann).__name__)
         problem = _problem(model, traced, sample_shape)
         if problem is None:

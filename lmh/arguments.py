@@ -154,7 +154,7 @@ def split_batch(where: str, batch: Any, inputs: int = 1) -> tuple[tuple[Tensor, 
             f"{where}: a batch",
             batch,
             f"a tuple ({_names(inputs)}) or ({_names(inputs)}, y) of tensors, as the network takes {inputs} inputs",
-            "Let the loader give tuples of tensors.",
+            f"Let the loader give tuples of tensors; one batch alone is [({_names(inputs)})].",
         )
     for x in given or (None,):
         _check_input(where, batch, x, inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import logging
 from collections import OrderedDict
@@ -39,6 +41,17 @@ class Boxes:
     count: Any
 
 
+@dataclass
+class ModelOutput(OrderedDict[str, Any]):
+    """A dict by key and by attribute, such as some libraries return; it leaves out what is None."""
+
+    logits: Any = None
+    hidden: Any = None
+
+    def __post_init__(self) -> None:
+        self.update({key: value for key, value in vars(self).items() if value is not None})
+
+
 class Everything(nn.Module):
     """Returns whatever ``pack`` makes of a timed, a tail, a readout and a constant tensor."""
 
@@ -69,6 +82,7 @@ PACKS: dict[str, Callable[..., Any]] = {
     "ordered dict": lambda *, out, hidden, **_: OrderedDict(out=out, hidden=hidden),
     "named tuple": lambda *, out, **_: Heads(out, None),
     "dataclass": lambda *, out, hidden, **_: Boxes(out, {"hidden": hidden, "n": 3}),
+    "a dict by attribute": lambda *, out, **_: ModelOutput(logits=out),
     "nested": lambda *, out, hidden, **_: {"heads": Heads([out, hidden], (out, None, 2.5)), "last": OrderedDict(a=out)},
     "softmax beside its logits": lambda *, out, **_: {"logits": out, "probabilities": torch.softmax(out, 1)},
     "chunks": lambda *, out, hidden, **_: {"parts": torch.chunk(hidden, 2, 1), "out": torch.split(out, 1, 1)},
@@ -134,6 +148,13 @@ class TestOutputs:
         assert steps["halves"][0].shape == (3, 16, 4)
         assert torch.equal(steps["anchors"], ann.anchors)
         assert steps["out"].shape == (3, 16, 3)
+
+    def test_a_dict_by_attribute_keeps_its_attributes(self) -> None:
+        _, snn, x = everything(PACKS["a dict by attribute"])
+        got = snn(x)
+        assert isinstance(got, ModelOutput)
+        assert got.logits is got["logits"]
+        assert got.hidden is None
 
     def test_each_output_has_its_own_tail(self) -> None:
         """The deeper head runs on the mean though the hidden layer is read in time, too."""
@@ -234,6 +255,18 @@ class TestWorkOnOutputs:
     def test_nir_takes_the_one_tensor_of_an_ordered_dict(self, tmp_path: Path) -> None:
         conversion = convert(Everything(lambda *, out, **_: OrderedDict(out=out)), 4, data=torch.rand(8, 4))
         assert "Read back" in export_nir(conversion, tmp_path / "a.nir", Project()).check
+
+
+class Both(nn.Module):
+    """Two inputs and two outputs; a class of the file, so that pickle finds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> OrderedDict[str, Tensor]:
+        hidden = torch.relu(self.a(x)) + torch.relu(self.b(y))
+        return OrderedDict(out=self.c(torch.relu(hidden)), hidden=hidden)
 
 
 class Two(nn.Module):
@@ -349,6 +382,35 @@ class TestInputs:
             events(frames[0], frames[1][:3])
         calibrated = convert(ann, 4, data=[(torch.rand(4, 6, 4), torch.rand(4, 6, 5))], encoding=EventFrames())
         assert calibrated.calibration.samples == 24
+
+    def test_pickle_and_copy(self) -> None:
+        x, y = pair()
+        snn = convert(Both(), 4, data=[(x, y)]).snn
+        buffer = io.BytesIO()
+        torch.save(snn, buffer)
+        buffer.seek(0)
+        for again in (torch.load(buffer, weights_only=False), copy.deepcopy(snn)):
+            got = again(x, y)
+            assert type(got) is OrderedDict
+            assert all(torch.equal(got[key], value) for key, value in snn(x, y).items())
+
+    @pytest.mark.device
+    def test_on_meta(self) -> None:
+        ann = Both()
+        found = convert(ann, 4, data=[pair()]).calibration
+        x, y = (value.to("meta") for value in pair())
+        snn = convert(ann.to("meta"), 4, example_input=(x, y), calibration=found).snn
+        per_step(snn.train(), x, y)["out"].sum().backward()
+        assert snn.eval()(x, y)["out"].device.type == "meta"
+
+    @pytest.mark.device
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_on_cuda(self) -> None:
+        x, y = pair()
+        snn = convert(Both(), 8, data=[(x, y)]).snn.double()
+        expected = per_step(snn, x.double(), y.double())
+        got = per_step(snn.cuda(), x.double().cuda(), y.double().cuda())
+        assert all(torch.allclose(got[key].cpu(), value, atol=1e-9) for key, value in expected.items())
 
     def test_exports_take_both(self, tmp_path: Path) -> None:
         _, conversion = two(timesteps=2)

@@ -42,6 +42,7 @@ from lmh.gate import Accumulate, Increments
 from lmh.ops import Kind, kind_of
 from lmh.records import Calibration
 from lmh.time_axis import TimeAxis
+from lmh.torchvision_shim import torchvision
 from reference import maxpool_numpy as reference
 
 TYPES = [BeforeNeuron(), AveragePool(), Gated()]
@@ -479,6 +480,24 @@ class TestConversions:
         assert out.dtype == dtype
         assert torch.isfinite(out).all()
 
+    @pytest.mark.device
+    @pytest.mark.parametrize("maxpool", TYPES)
+    def test_on_meta(self, maxpool: MaxPool) -> None:
+        ann, conversion, x = converted(maxpool, 4)
+        given_ = {"calibration": conversion.calibration, "maxpool": maxpool}
+        snn = convert(ann.to("meta"), 4, example_input=x.to("meta"), **given_).snn
+        per_step(snn.train(), x.to("meta")).sum().backward()
+        with carry_state(snn.eval()):
+            assert snn(x.to("meta")).device.type == snn(x.to("meta")).device.type == "meta"
+
+    @pytest.mark.device
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_on_cuda(self) -> None:
+        x = spikes(64, 4, 3, 8, 8)
+        time = TimeAxis(64)
+        pool = nn.MaxPool2d(3, 2, padding=1)
+        assert torch.equal(gated(time, pool)(x.cuda()).cpu(), gated(time, pool)(x))
+
     def test_exports(self, tmp_path: Path) -> None:
         _, conversion, x = converted(Gated(), 2)
         expected = conversion.snn(x)
@@ -523,10 +542,8 @@ class TestCommand:
         assert ("--maxpool gated" in notices) == (name == "before")
         assert ("became average pools" in notices) == (name == "average")
 
-    @pytest.mark.parametrize(
-        ("name", "fate"), [("before", "unchanged"), ("average", "averaged"), ("gated", "unchanged")]
-    )
-    def test_a_dry_run_uses_it(self, file: str, name: str, fate: str, capsys: pytest.CaptureFixture[str]) -> None:
+    @pytest.mark.parametrize("name", MAXPOOLS)
+    def test_a_dry_run_uses_it(self, file: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert run(lmh, ["convert", file, "-T", "4", "--maxpool", name, "--dry-run", *self.DATA]) == 0
         fates = {node["path"]: node["fate"] for node in json.loads(capsys.readouterr().out)["fates"]}
         assert fates["4"] == ("averaged" if name == "average" else "unchanged")
@@ -547,3 +564,21 @@ class TestCommand:
             assert part in shown
         assert run(lmh, ["convert", "net.pt", "-T", "4", "--maxpool", "max"]) == 2
         assert "'max' is not one of 'before', 'average', 'gated'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_squeezenet_needs_the_gate() -> None:
+    """Three max-pools behind layers of spikes: before the neurons the answers have nothing to do with the ANN's."""
+    torch.manual_seed(0)
+    x = F.interpolate(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), size=64, mode="bilinear")
+    ann = torchvision().models.squeezenet1_1(weights=None).eval()
+    expected = ann(x)
+
+    def correlation(maxpool: MaxPool) -> float:
+        with torch.no_grad():
+            got = convert(ann, 64, data=x, maxpool=maxpool).snn(x)
+        pair = [(value - value.mean(0)).flatten() for value in (got, expected)]
+        return float(torch.corrcoef(torch.stack(pair).detach())[0, 1])
+
+    assert correlation(BeforeNeuron()) < 0.3
+    assert correlation(Gated()) > 0.9
