@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..artifact import read_tensors, write_tensors
 from ..errors import ArgumentError, ArtifactError, TrainingError
 from ..records import plain_value
 from ..spiking import SpikingSite
+from ..structures import input_count, only_tensor
 from ..time_axis import FoldEvents, per_step
 from .losses import CrossEntropy, Distillation, Loss, combined
 
@@ -27,7 +28,7 @@ class EpochBatches(Protocol):
     """Batches that can be drawn anew for each epoch, such as :class:`lmh.zoo.Batches`."""
 
     def at_epoch(self, epoch: int) -> Iterable[Any]:
-        """Return the batches of one epoch, (x [N, *F], y [N]) or x alone."""
+        """Return the batches of one epoch, (x [N, *F], y [N]) or x alone; for k inputs (x1, …, xk, y)."""
         ...
 
 
@@ -112,7 +113,7 @@ def fit(
     is as before when it ends, and so are the teacher's device and modes.
 
     Args:
-        model: gives [N, C]; a spiking one also every step.
+        model: gives one tensor [N, C]; a spiking one also every step.
         train: training batches by epoch, or any loader that can be iterated again, such as a DataLoader; only the
             first kind resumes exactly.
         val: batches with labels to measure after each epoch.
@@ -126,7 +127,8 @@ def fit(
         One result for each epoch, those before a resume included.
 
     Raises:
-        ArgumentError: for an argument of a wrong type, or batches of another form.
+        ArgumentError: for an argument of a wrong type, batches of another form, or a network that returns several
+            tensors.
         TrainingError: if the loss is not finite, the data is empty, or the checkpoint is of another run.
 
     >>> from torch.utils.data import DataLoader, TensorDataset
@@ -215,17 +217,17 @@ def _run(
         model.train()
         total, seen = 0.0, 0
         for index, batch in enumerate(train.at_epoch(epoch)):
-            x, y = _split("finetune: train", batch, model)
+            inputs, y = _split("finetune: train", batch, model)
             _set_rate(optimizer, schedule, (epoch + index / batches) / schedule.epochs)
             try:
-                loss = _step(model, optimizer, schedule, teacher, x, y)
+                loss = _step(model, optimizer, schedule, teacher, inputs, y)
             except _DivergedError as error:
                 raise TrainingError(
                     f"epoch {epoch + 1}, batch {index + 1}: {error}; expected a finite number. "
                     "Lower lr or neuron_lr, or look for NaN in the data; a checkpoint of the last whole epoch is kept "
                     "if one was asked for."
                 ) from error
-            samples = _samples(model, x)
+            samples = _samples(model, inputs)
             total, seen = total + loss * samples, seen + samples
             if on_batch is not None:
                 on_batch(epoch, index, loss)
@@ -243,10 +245,10 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     correct = count = 0
     with torch.no_grad():
         for batch in batches:
-            x, y = _split("finetune: val", batch, model)
+            inputs, y = _split("finetune: val", batch, model)
             if y is None:
                 raise TrainingError("validation batches have no labels; expected (x, y). Pass val=None.")
-            correct += int((model(x).argmax(1) == y).sum())
+            correct += int((only_tensor(model(*inputs), "finetune").argmax(1) == y).sum())
             count += len(y)
     if count == 0:
         raise TrainingError("the validation data gave no batch; expected at least one sample. Pass val=None.")
@@ -277,17 +279,17 @@ def _set_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, progress: fl
         group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _split(where: str, batch: Any, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _split(where: str, batch: Any, model: nn.Module) -> tuple[list[Tensor], Tensor | None]:
     like = next(model.parameters())
-    x, y = split_batch(where, batch)
+    inputs, y = split_batch(where, batch, input_count(model))
     if y is not None:
-        y = check_labels(where, y, _samples(model, x)).to(like.device)
-    return x.to(like), y
+        y = check_labels(where, y, _samples(model, inputs)).to(like.device)
+    return [x.to(like) for x in inputs], y
 
 
-def _samples(model: nn.Module, x: Tensor) -> int:
-    """Return N of an input [N, *F], or [T, N, *F] where the network takes event frames."""
-    return x.shape[1] if any(isinstance(module, FoldEvents) for module in model.modules()) else len(x)
+def _samples(model: nn.Module, inputs: Sequence[Tensor]) -> int:
+    """Return N of inputs [N, *F], or [T, N, *F] where the network takes event frames."""
+    return inputs[0].shape[int(any(isinstance(module, FoldEvents) for module in model.modules()))]
 
 
 def _count(batches: Iterable[Any]) -> int:
@@ -305,12 +307,13 @@ def _step(
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     teacher: nn.Module | None,
-    x: Tensor,
+    inputs: Sequence[Tensor],
     y: Tensor | None,
 ) -> float:
     with torch.no_grad():
-        target = None if teacher is None else teacher(x)
-    outputs = per_step(model, x) if schedule.loss.per_step else model(x)
+        target = None if teacher is None else only_tensor(teacher(*inputs), "finetune")
+    returned = per_step(model, *inputs) if schedule.loss.per_step else model(*inputs)
+    outputs = only_tensor(returned, "finetune")
     if y is not None and int(y.max()) >= outputs.shape[-1]:
         raise TrainingError(
             f"a label is {int(y.max())} and the network has {outputs.shape[-1]} outputs; expected labels below that. "

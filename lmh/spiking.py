@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .errors import ArgumentError, StateError
 from .neurons import Coefficients, State, lmh_run
@@ -252,6 +252,7 @@ def sites(snn: nn.Module) -> dict[str, SpikingSite]:
     ['stem.2', 'block.relu1', 'block.relu2', 'down.2']
     """
     found = {name: module for name, module in snn.named_modules() if isinstance(module, SpikingSite)}
-    graph = getattr(snn, "graph", None)
-    ordered = [] if graph is None else [node.target for node in graph.nodes if node.target in found]
+    ordered = (
+        [node.target for node in snn.graph.nodes if node.target in found] if isinstance(snn, fx.GraphModule) else []
+    )
     return {name: found[name] for name in ordered} or found

@@ -14,7 +14,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import flow_nets
 import nets
-from flow_nets import FLOW, IMAGE, Asserts, Base, Chunks, Length, LikeEinops, LoopsOverShape, OnValues, OnValuesOnly
+from flow_nets import (
+    FLOW,
+    IMAGE,
+    Asserts,
+    Base,
+    Chunks,
+    Length,
+    LikeEinops,
+    LoopsOverShape,
+    OnValues,
+    OnValuesOnly,
+    Options,
+)
 from lmh import QCFS, per_step, sites
 from lmh.convert import DEFAULT_RULES, as_neuron, convert, keep, prepare
 from lmh.convert import tracing as module
@@ -78,6 +90,16 @@ def test_a_network_traced_by_export_runs_at_every_batch_size(kind: type[Base]) -
             torch.testing.assert_close(torch.cat([snn(part) for part in x.split(size)]), whole)
         assert per_step(snn, x[:3]).shape == (4, 3, 3)
     snn.train()(x).sum().backward()
+
+
+def test_optional_inputs_keep_their_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Options().eval()
+    used = by_export(monkeypatch)
+    graph = trace(model, DEFAULT_RULES, IMAGE)
+    x = torch.rand(3, *IMAGE)
+    assert used == []
+    assert [node.name for node in graph.graph.nodes if node.op == "placeholder"] == ["x"]
+    assert torch.equal(graph(x), model(x))
 
 
 def test_symbolic_tracing_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +280,7 @@ def test_what_is_no_ann_is_refused_as_what_it_is() -> None:
         convert("net.pt", 2, example_input=torch.rand(1, 4))  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"TorchScript.*model\.load_state_dict\(scripted\.state_dict\(\)\)"):
         convert(torch.jit.script(net), 2, data=torch.rand(8, 4))
-    with pytest.raises(ArgumentError, match=r"spiking neurons already \(1\); expected an ANN"):
+    with pytest.raises(ArgumentError, match=r"a spiking network already; expected the ANN\. Pass the ANN again"):
         convert(convert(net, 2, data=torch.rand(8, 4)).snn, 2, data=torch.rand(8, 4))
 
 

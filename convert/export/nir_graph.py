@@ -28,7 +28,7 @@ from ...time_axis import (
     time_axis,
 )
 from ..audit import describe
-from .deploy import input_shape_of
+from .deploy import input_shapes_of
 from .nir_build import Builder, float32
 from .nir_layers import conv_options, normalisation
 from .nir_neurons import Fit, neuron_for
@@ -101,7 +101,7 @@ class Translation:
         self.problems: list[str] = []
         self.lost: dict[str, tuple[str, ...]] = {}
         with call(time_axis(snn), Readout.MEAN, 1):
-            self._values = node_values(snn, input_shape_of(snn, sample_shape, 1))
+            self._values = node_values(snn, input_shapes_of(snn, sample_shape, 1))
         self.builder.add("input", nir.Input(np.array(sample_shape)), [], sample_shape)
         self._input = output_of("input", sample_shape)
         self._env: dict[fx.Node, Any] = {}
@@ -259,9 +259,12 @@ class Translation:
         return self._value(node.all_input_nodes[0])
 
     def _output(self, node: fx.Node) -> None:
-        if not isinstance(node.args[0], fx.Node):
+        if node.op != "output":
+            return  # a dict or a named tuple; what it holds is looked at where it is returned
+        returned = _held(node)
+        if len(returned) != 1:
             raise NoNodeError("is several tensors; expected one")
-        value = self._value(node.args[0])
+        value = self._value(returned[0])
         names = self.builder.settled(value, "output")
         self.builder.add("output", self.nir.Output(np.array(value.shape)), names, value.shape)
 
@@ -375,6 +378,12 @@ def _cut(value: Value, labels: Array, stride: tuple[int, ...]) -> tuple[int, ...
     """How many positions behind the last taken one are not read, as negative padding."""
     sizes = zip(value.shape[1:], labels.shape[1:], stride, strict=True)
     return tuple((out - 1) * step + 1 - size for size, out, step in sizes)
+
+
+def _held(output: fx.Node) -> list[fx.Node]:
+    """Return the nodes in what a network returns, out of the dicts and tuples that hold them."""
+    sources = output.all_input_nodes
+    return [held for n in sources for held in (_held(n) if kind_of(n) is Kind.OUTPUT else [n])]
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
