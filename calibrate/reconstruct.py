@@ -24,6 +24,7 @@ from ..arguments import split_batch
 from ..errors import ArgumentError, CalibrationError
 from ..records import Prepared
 from ..spiking import COEFFICIENTS, SpikingSite
+from ..structures import input_count
 from ..time_axis import FoldEvents, time_axis
 from .blocks import Block, blocks, cut
 
@@ -98,9 +99,11 @@ def reconstruct(
     settings = Reconstruction() if settings is None else settings
     if any(isinstance(module, FoldEvents) for module in snn.modules()):
         raise ArgumentError("reconstruct: the network takes event frames; expected one that takes static images.")
+    if input_count(prepared.model) != 1:
+        raise ArgumentError("reconstruct: the network takes several inputs; expected one. Fine-tune it instead.")
     device = next(snn.parameters()).device
     batches = [data] if isinstance(data, Tensor) else data
-    images = [split_batch("reconstruct: data", batch)[0].to(device) for batch in batches]
+    images = [split_batch("reconstruct: data", batch)[0][0].to(device) for batch in batches]
     found = blocks(prepared)
     if not images or not found:
         what = "the data gave no batch" if not images else "the network has no place where it can be cut into blocks"
@@ -143,7 +146,9 @@ class _Fit:
             else:
                 weights += list(own.values())
         groups = [(neurons, settings.neuron_lr), (weights, settings.weight_lr)]
-        self.groups = [{"params": params, "lr": lr, "base": lr} for params, lr in groups if params and lr > 0]
+        self.groups: list[dict[str, Any]] = [
+            {"params": params, "lr": lr, "base": lr} for params, lr in groups if params and lr > 0
+        ]
 
     def run(self, spikes: Tensor, values: Tensor, generator: torch.Generator) -> tuple[float, float]:
         """Fit the block and return its error before and after; a fit that does not help is taken back."""
