@@ -16,7 +16,6 @@ from ..arguments import (
     check_names,
     check_network,
     check_timesteps,
-    described,
     refuse,
     split_batch,
 )
@@ -29,6 +28,7 @@ from .maxpool import AveragePool, BeforeNeuron, Gated, MaxPool, pool_notices
 from .prepare import prepare
 from .rules import ReluSurgery, Rules, StandIns, merged
 from .spike import DirectCoding, Encoding, EventFrames, spike
+from .tracing import check_not_spiking
 
 REFIT_SAMPLES = 128
 
@@ -172,12 +172,10 @@ def convert(
 
 
 def _check_ann(ann: nn.Module) -> None:
-    if isinstance(ann, Conversion) or (isinstance(ann, nn.Module) and sites(ann)):
-        raise ArgumentError(
-            f"convert: ann is {described(ann)}, a spiking network already; expected the ANN. Pass the ANN again for "
-            "another T or calibration, or assemble(conversion.prepared, …)."
-        )
+    if isinstance(ann, Conversion):
+        check_not_spiking(ann.snn, ann)
     check_network("convert: ann", ann)
+    check_not_spiking(ann, ann)
 
 
 def _checked_options(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..arguments import check_network
+from ..arguments import check_network, described
 from ..errors import ArgumentError, AuditError
 from ..ops import Kind, module_kind
 from ..spiking import sites
@@ -144,12 +144,7 @@ def _check(ann: nn.Module) -> None:
             "convert: the model is TorchScript, whose graph cannot be rewritten. Pass the nn.Module it was scripted "
             "from, with its weights: model.load_state_dict(scripted.state_dict())."
         )
-    if found := sites(ann):
-        raise ArgumentError(
-            f"convert: {type(ann).__name__} is a spiking network already ({', '.join([*found][:3])}, {len(found)} "
-            "sites); expected an ANN. Train it with lmh.finetune.finetune, read a saved one with lmh.convert.load, or "
-            "convert the ANN that it came from."
-        )
+    check_not_spiking(ann, ann)
     for name, tensor in (*ann.named_parameters(), *ann.named_buffers()):
         if tensor.device.type != "meta" and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
@@ -157,6 +152,25 @@ def _check(ann: nn.Module) -> None:
                 f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite weights. "
                 "Load a checkpoint from before the training diverged."
             )
+
+
+def check_not_spiking(network: nn.Module, given: object) -> None:
+    """Refuse a network with neurons in it.
+
+    Args:
+        network: it.
+        given: what was passed as the ANN.
+
+    Raises:
+        ArgumentError: saying what to do with it.
+    """
+    if found := sites(network):
+        raise ArgumentError(
+            f"convert: ann is {described(given)}, a spiking network already ({', '.join([*found][:3])}, {len(found)} "
+            "sites); expected the ANN. Pass the ANN again for another T or calibration, or "
+            "assemble(conversion.prepared, …); train it with lmh.finetune.finetune, read a saved one with "
+            "lmh.convert.load."
+        )
 
 
 def _check_inputs(ann: nn.Module, inputs: int) -> None:
