@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..arguments import check_names
 from ..errors import AuditError
 from ..ops import (
     CONTRACTIONS,
@@ -34,7 +35,7 @@ from .labels import assign_paths
 from .maxpool import BeforeNeuron, MaxPool, gated_pools, place_pools
 from .paths import unique_path
 from .refusals import describe
-from .rules import Plan, ReluSurgery, Rules, merged
+from .rules import Plan, ReluSurgery, Rules, as_neuron, merged
 from .tracing import bare, trace
 
 MONOTONE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, QCFS)
@@ -73,7 +74,7 @@ def prepare(
     >>> prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), sample_shape=(4,)).spiking
     ['1']
     """
-    plan = Plan(merged(rules), frozenset(keep), surgery, maxpool or BeforeNeuron())
+    plan = Plan(merged(rules), frozenset(check_names("keep", keep)), surgery, maxpool or BeforeNeuron())
     ann = bare(ann)
     model, decisions, fates, problems = _audited(ann, sample_shape, plan)
     if problems:
@@ -109,7 +110,7 @@ def examine(
     maxpool: MaxPool | None = None,
 ) -> tuple[list[NodeFate], list[str]]:
     """The audit alone: the fate of every node, and the problems that :func:`prepare` would raise."""
-    plan = Plan(merged(rules), frozenset(keep), surgery, maxpool or BeforeNeuron())
+    plan = Plan(merged(rules), frozenset(check_names("keep", keep)), surgery, maxpool or BeforeNeuron())
     _, _, fates, problems = _audited(bare(ann), sample_shape, plan)
     return fates, problems
 
@@ -117,7 +118,8 @@ def examine(
 def _audited(
     ann: nn.Module, sample_shape: Sequence[Any], plan: Plan
 ) -> tuple[fx.GraphModule, Decisions, list[NodeFate], list[str]]:
-    model = trace(ann, plan.rules, sample_shape)
+    stand_ins = plan.surgery.stand_ins if plan.surgery else ()
+    model = trace(ann, {**dict.fromkeys(stand_ins, as_neuron), **plan.rules}, sample_shape)
     problems = make_functional(model)
     model.graph.eliminate_dead_code()
     model.recompile()

@@ -169,6 +169,11 @@ def time_axis(snn: nn.Module) -> TimeAxis:
     Raises:
         ArgumentError: if ``snn`` holds no converted network.
     """
+    if not isinstance(snn, nn.Module):
+        advice = "Pass its .snn." if isinstance(getattr(snn, "snn", None), nn.Module) else "Convert an ANN first."
+        raise ArgumentError(
+            f"the network is a {type(snn).__name__}; expected the module that lmh.convert.convert made. {advice}"
+        )
     for module in snn.modules():
         if isinstance(module, Timed):
             return module.time
