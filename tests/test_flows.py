@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from click import UsageError
 from torch import Tensor, nn
 
 from lmh import carry_state, evaluate, per_step, prefixes, sites
@@ -23,6 +24,7 @@ from lmh.arguments import split_batch
 from lmh.calibrate import BatchNormStatistics, Max, refit, stand_ins
 from lmh.convert import Conversion, EventFrames, ReluSurgery, convert, load, prepare, save
 from lmh.convert.export import Project, export_nir, export_onnx, export_pt2
+from lmh.convert.report_cli import _preprocessing
 from lmh.errors import ArgumentError, ArtifactError, AuditError, CalibrationError
 from lmh.evaluation import Evaluation
 from lmh.finetune import TET, Schedule, finetune
@@ -357,6 +359,8 @@ class TestInputs:
         assert torch.equal(again(*(given := pair())), conversion.snn(*given))
         assert again.meta["lmh_manifest"]["recipe"]["sample_shape"] == [[4], [5]]
         assert json.dumps(again.meta["lmh_manifest"]["recipe"])
+        with pytest.raises(UsageError, match=r"takes 2 inputs; expected one of images.*lmh\.evaluate"):
+            _preprocessing(again.meta["lmh_manifest"], {})
 
     def test_without_data_batchnorm_is_enough(self) -> None:
         class Norms(Two):
