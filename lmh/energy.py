@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .ops import CONTRACTIONS, Kind, argument, kind_of, module_of, signal_input
+from .op_table import CONTRACTIONS, Kind
+from .ops import argument, kind_of, module_of, signal_input
 from .records import LayerWork
 from .spiking import SpikingSite
 from .time_axis import EnterTail, Timed

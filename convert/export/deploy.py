@@ -12,12 +12,13 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ...errors import ArgumentError
-from ...ops import BATCHNORM_MODULES, SYNAPSE_MODULES, module_of
+from ...op_table import BATCHNORM_MODULES, SYNAPSE_MODULES
+from ...ops import module_of
 from ...shapes import node_values
 from ...spiking import COEFFICIENTS, PerStep, SpikingSite, sites
 from ...time_axis import FoldEvents, Readout, TimeAxis, Timed, call, time_axis
+from ..paths import unique_path
 from ..pipeline import Conversion
-from ..prepare import unique_path
 from ..storage import MANIFEST
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
