@@ -189,8 +189,9 @@ def line(outcome: Outcome) -> str:
     """Return the printed line of a model."""
     parts = [f"{outcome.model:20} {outcome.fate:20} {100 * outcome.coverage:5.1f} %"]
     parts += [f"T={steps} {value:6.3f}" for steps, value in outcome.cosine.items()]
-    if outcome.wrong_twin is not None:
-        parts += [f"wrong twin {outcome.wrong_twin:6.3f}", f"rounded ANN {outcome.rounded_ann:6.3f}"]
+    for what, value in {"wrong twin": outcome.wrong_twin, "rounded ANN": outcome.rounded_ann}.items():
+        if value is not None:
+            parts.append(f"{what} {value:6.3f}")
     if outcome.prepared_only:
         parts.append("(prepared only)")
     if outcome.reason:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import CalibrationError
-from ..ops import BATCHNORM_MODULES, SYNAPSE_MODULES, Kind, kind_of, module_of
+from ..op_table import BATCHNORM_MODULES, SYNAPSE_MODULES, Kind
+from ..ops import kind_of, module_of
 from ..qcfs import QCFS
 from ..records import Prepared
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import fx
 
 from ..errors import ArgumentError
-from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of, label, module_of, signals
+from ..op_table import DROPOUT_FUNCTIONS, Kind
+from ..ops import activation_module, argument, kind_of, label, module_of, signals
 from ..records import Keep, NodeFate, Spike
 from ..shapes import BATCHES, batch_use, leading, node_values
 from ..structures import batched, structure_text, tensors_of

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..ops import PATH, Kind, activation_module, joined, kind_of, owner_path
+from ..op_table import Kind
+from ..ops import PATH, activation_module, joined, kind_of, owner_path
 from .paths import unique_path
 
 

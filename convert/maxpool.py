@@ -15,7 +15,8 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ..gate import Accumulate, Increments
-from ..ops import ADAPTIVE_MAXPOOL_FUNCTIONS, Kind, argument, kind_of, label, module_of
+from ..op_table import ADAPTIVE_MAXPOOL_FUNCTIONS, Kind
+from ..ops import argument, kind_of, label, module_of
 from ..records import Keep, NodeFate, Spike
 from ..spiking import SpikingSite
 from ..time_axis import FoldEvents, TimeAxis, Timed

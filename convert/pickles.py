@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ArgumentError, SourceError, UnsafePickleError
-from ..ops import ACTIVATION_SPELLINGS, FUNCTION_KINDS
+from ..op_table import ACTIVATION_SPELLINGS, FUNCTION_KINDS
 from ..torchvision_shim import torchvision
 
 TRUSTED_PREFIXES = (

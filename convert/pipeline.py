@@ -116,7 +116,7 @@ def convert(
         rules: from activation type to what becomes of it, for types of your own.
         neuron: preset, granularity and ranges; ``LMH()``, which is IF, unless given.
         encoding: ``DirectCoding()`` for images, ``EventFrames()`` for input [T, N, *F].
-        keep: paths of nodes that stay analog, as the audit names them.
+        keep: paths of nodes that stay analog, as the audit names them; one for each call of a module.
         surgery: ``ReluSurgery()`` lets neurons stand in for SiLU, GELU and the like, and keeps gates, softmax and
             normalisations analog; fine-tune afterwards. Unless given, all of them are refused.
         maxpool: what becomes of max-pools: ``BeforeNeuron()`` unless given, ``Gated()``, or ``AveragePool()``, which

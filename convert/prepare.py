@@ -10,20 +10,8 @@ from torch import fx, nn
 
 from ..arguments import check_names
 from ..errors import AuditError
-from ..ops import (
-    CONTRACTIONS,
-    DROPOUT_FUNCTIONS,
-    PATH,
-    Kind,
-    activation_module,
-    argument,
-    joined,
-    kind_of,
-    label,
-    module_of,
-    owner_path,
-    signal_input,
-)
+from ..op_table import CONTRACTIONS, DROPOUT_FUNCTIONS, Kind
+from ..ops import PATH, activation_module, argument, joined, kind_of, label, module_of, owner_path, signal_input
 from ..qcfs import QCFS
 from ..records import Keep, NodeFate, Prepared, Spike
 from ..shapes import node_values

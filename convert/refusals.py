@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from ..op_table import BATCHNORM_MODULES, SYNAPSE_FUNCTIONS
-from ..ops import CONTRACTIONS, PRODUCTS, Kind, activation_module, kind_of, label, module_of, rounds, signal_operands
+from ..op_table import BATCHNORM_MODULES, CONTRACTIONS, PRODUCTS, SYNAPSE_FUNCTIONS, Kind
+from ..ops import activation_module, kind_of, label, module_of, rounds, signal_operands
 from .rules import Rules
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from ..ops import Kind, kind_of, label
+from ..op_table import Kind
+from ..ops import kind_of, label
 from ..shapes import BATCHES, batch_use, leading, node_values
 from ..structures import batched
 from ..time_axis import Readout, TimeAxis, call

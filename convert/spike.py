@@ -10,7 +10,8 @@ from typing import Any
 from torch import fx
 
 from ..errors import AuditError
-from ..ops import Kind, kind_of, label
+from ..op_table import Kind
+from ..ops import kind_of, label
 from ..records import Calibration, Prepared, Spike
 from ..shapes import BATCHES, batch_use, node_values
 from ..spiking import LMH, PerChannel, PerLayer, SpikingSite

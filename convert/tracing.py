@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..arguments import check_network, described
 from ..errors import ArgumentError, AuditError
-from ..ops import Kind, module_kind
+from ..op_table import Kind
+from ..ops import module_kind
 from ..spiking import sites
 from ..structures import POSITIONAL, batched, each_shape, leaves_of
 from .exported import trace_by_export

@@ -27,7 +27,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from .gate import Increments
-from .ops import CONTRACTIONS, Kind, argument, kind_of, module_of, signal_input
+from .op_table import CONTRACTIONS, Kind
+from .ops import argument, kind_of, module_of, signal_input
 from .records import LayerWork
 from .spiking import PerStep, SpikingSite
 from .time_axis import EnterTail, Timed

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from .arguments import check_batches, check_labels, check_network, split_batch
 from .energy import analog_macs, binary_nodes, dense_macs, fan_out, tail_nodes
 from .errors import ArgumentError, DataError
-from .ops import Kind, kind_of, label, module_of, signal_input
+from .op_table import Kind
+from .ops import kind_of, label, module_of, signal_input
 from .records import Evaluation, LayerWork
 from .spiking import SpikingSite
 from .structures import input_count, only_tensor

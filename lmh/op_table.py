@@ -99,9 +99,9 @@ _VIEWS = (
     "squeeze", "unsqueeze", "chunk", "split", "unbind", "narrow", "select", "broadcast_to",
 )  # fmt: skip
 _COPIES = ("flip", "roll", "tile", "clone", "index_select", "repeat_interleave")
+CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
 _VIEW_METHODS = (
-    "view", "view_as", "reshape_as", "expand", "expand_as", "unfold", "detach", "contiguous", "to", "type", "type_as",
-    "float", "double", "half", "bfloat16", "cpu", "cuda",
+    "view", "view_as", "reshape_as", "expand", "expand_as", "unfold", "detach", "contiguous", "cpu", "cuda", *CASTS,
 )  # fmt: skip
 
 FUNCTION_KINDS: dict[Callable[..., Any], Kind] = {

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .op_table import (
     ACTIVATION_SPELLINGS,
+    ADAPTIVE_MAXPOOL_FUNCTIONS,
     CLAMPS,
     CONTRACTIONS,
     FUNCTION_KINDS,
@@ -32,20 +33,9 @@ from .op_table import (
     SIZE_ATTRIBUTES,
     SYNAPSE_FUNCTIONS,
     VIEW_MODULES,
+    VIEWS,
     Kind,
 )
-from .op_table import ADAPTIVE_MAXPOOL_FUNCTIONS as ADAPTIVE_MAXPOOL_FUNCTIONS
-from .op_table import AVGPOOL_MODULES as AVGPOOL_MODULES
-from .op_table import BATCHNORM_MODULES as BATCHNORM_MODULES
-from .op_table import DROPOUT_FUNCTIONS as DROPOUT_FUNCTIONS
-from .op_table import DROPOUT_MODULES as DROPOUT_MODULES
-from .op_table import INSTANCENORM_MODULES as INSTANCENORM_MODULES
-from .op_table import MAXPOOL_MODULES as MAXPOOL_MODULES
-from .op_table import OUT_OF_PLACE as OUT_OF_PLACE
-from .op_table import PAD_MODULES as PAD_MODULES
-from .op_table import SYNAPSE_MODULES as SYNAPSE_MODULES
-from .op_table import UPSAMPLE_MODULES as UPSAMPLE_MODULES
-from .op_table import VIEWS as VIEWS
 
 PATH = "lmh_path"
 

@@ -39,7 +39,8 @@ from lmh.convert.maxpool import MaxPool
 from lmh.errors import ArtifactError, AuditError, StateError
 from lmh.finetune import finetune
 from lmh.gate import Accumulate, Increments
-from lmh.ops import Kind, kind_of
+from lmh.op_table import Kind
+from lmh.ops import kind_of
 from lmh.records import Calibration
 from lmh.time_axis import TimeAxis
 from lmh.torchvision_shim import torchvision

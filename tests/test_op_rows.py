@@ -16,7 +16,8 @@ from lmh.calibrate import Max
 from lmh.convert import convert, prepare
 from lmh.convert.prepare import examine
 from lmh.errors import AuditError
-from lmh.ops import Kind, kind_of
+from lmh.op_table import Kind
+from lmh.ops import kind_of
 
 SHAPE = (4, 4, 4)
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ...errors import ArgumentError
-from ...ops import BATCHNORM_MODULES, SYNAPSE_MODULES, module_of
+from ...op_table import BATCHNORM_MODULES, SYNAPSE_MODULES
+from ...ops import module_of
 from ...shapes import node_values
 from ...spiking import COEFFICIENTS, PerStep, SpikingSite, sites
 from ...structures import SampleShape, Shape, as_sample_shape, batched, each_shape

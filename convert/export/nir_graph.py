@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ...ops import BATCHNORM_MODULES, PRODUCTS, QUOTIENTS, Kind, argument, kind_of, label, module_of
+from ...op_table import BATCHNORM_MODULES, CASTS, CONTRACTIONS, PRODUCTS, QUOTIENTS, UPSAMPLE_MODULES, Kind
+from ...ops import argument, kind_of, label, module_of
 from ...shapes import node_values
 from ...spiking import SpikingSite
 from ...time_axis import (
@@ -51,6 +52,7 @@ MAXPOOL_LOSS = (
     "window spikes"
 )
 READOUT_LOSS = "the last step, {}, which runs on the mean over time: apply it to the mean of the output"
+PADS = "pads with other values than zeros, which no NIR node does"
 _BORDERS = (FoldEvents, RepeatOverTime, EnterTail, RepeatInTail, LeaveTail, LeaveTime)
 _ADDS = (operator.add, torch.add, "add", operator.sub, torch.sub, "sub")
 _SUBTRACTS = (operator.sub, torch.sub, "sub")
@@ -207,8 +209,12 @@ class Translation:
             if axis % len(self._values[node].shape) != 1:
                 raise NoNodeError(f"joins along axis {axis}; expected channels, axis 1")
             return joined([self._value(tensor) for tensor in tensors])
-        if node.target is F.pad and (argument(node, 2, "mode", "constant") != "constant" or argument(node, 3, "value")):
-            raise NoNodeError("pads with other values than zeros, which no NIR node does")
+        if node.target in CASTS:
+            return self._env[node.all_input_nodes[0]]
+        if node.target is F.interpolate or isinstance(module_of(node), UPSAMPLE_MODULES):
+            raise NoNodeError("has no NIR node")
+        if node.target is F.pad and argument(node, 2, "mode", "constant") != "constant":
+            raise NoNodeError(PADS)
         sources = [self._env[source] for source in node.all_input_nodes if self._is_signal(self._env[source])]
         signals = [leaf for source in sources for leaf in pytree.tree_leaves(source) if self._is_signal(leaf)]
         if any(isinstance(signal, Maximum) for signal in signals):
@@ -270,6 +276,8 @@ class Translation:
 
     def _layer(self, node: fx.Node) -> Value:
         """Translate a convolution or linear layer, module or function."""
+        if node.target in CONTRACTIONS:
+            raise NoNodeError("has no NIR node; NIR's Affine takes a linear layer")
         module: Any = module_of(node)
         linear = isinstance(module, nn.Linear) or node.target is F.linear
         if module is None:
@@ -300,6 +308,8 @@ class Translation:
             return shifted(scaled(value, scale), shift)
         if node.target in _ADDS:
             return self._sum(node)
+        if node.target is F.pad:
+            raise NoNodeError(PADS)
         if node.target in _NEGATES:
             return scaled(self._value(node.args[0]), -1.0)
         if node.target in PRODUCTS:
@@ -331,7 +341,7 @@ class Translation:
 
     def _product(self, node: fx.Node) -> Value:
         left, right = argument(node, 0, "input"), argument(node, 1, "other")
-        if (self._signal(left) and self._signal(right)) or node.kwargs.get("rounding_mode"):
+        if self._signal(left) and self._signal(right):
             raise NoNodeError("is not linear in one signal; NIR multiplies by constants only")
         signal, other = (left, right) if self._signal(left) else (right, left)
         value = self._value(signal)

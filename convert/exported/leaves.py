@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 
 from torch import fx, nn
 
-from ...ops import Kind, is_tensor, module_kind, module_of
+from ...op_table import Kind
+from ...ops import is_tensor, module_kind, module_of
 from .places import module_stack
 
 
