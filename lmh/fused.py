@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .kernels import Kernel, program
+from .kernels import Kernel, compiles, program
 from .neurons import Coefficients, Moment, State, charge, lmh_run, lmh_step_adjoint, spikes
 from .surrogates import Surrogate
 
@@ -253,9 +253,21 @@ class _Neurons(torch.autograd.Function):
         return None, to_current, None, *to_others
 
 
-def run_neurons(
-    job: Job, currents: Tensor, start: State, values: Coefficients, *, kernel: Kernel, keep: bool
-) -> tuple[Tensor, State | None]:
+class Ran(NamedTuple):
+    """What a call gives.
+
+    Attributes:
+        output: θ s, [T·N, C, *F] in the dtype of the current.
+        state: that after the last step, if it was asked for.
+        kernel: the program that ran; FUSED where a compilation was asked for and failed.
+    """
+
+    output: Tensor
+    state: State | None
+    kernel: Kernel
+
+
+def run_neurons(job: Job, currents: Tensor, start: State, values: Coefficients, *, kernel: Kernel, keep: bool) -> Ran:
     """Run T steps of the neurons of a site.
 
     On a CPU every kernel gives the same output bit for bit, as nothing but products, sums and comparisons makes it, in
@@ -268,26 +280,27 @@ def run_neurons(
         start: v_D[0] and v_S[0]: a zero, and [] or [C]; or a state [N, C, *F], which gets no gradient.
         values: θ, λ_S, λ_D, μ_S, μ_D, each [] or [C], behind a first axis of T if per step; their dtype is that of
             the potentials.
-        kernel: the program that runs them.
+        kernel: the program that is to run.
         keep: return the state after the last step; it has a gradient only by EAGER.
 
     Returns:
-        θ s, [T·N, C, *F] in the dtype of the current, and the last state if it is kept.
+        The output, the last state if it is kept, and the kernel.
 
     >>> from lmh.surrogates import Triangle
     >>> one, zero = torch.tensor(1.0), torch.tensor(0.0)
     >>> values = Coefficients(one, one, one, zero, zero)
     >>> job = Job(steps=4, surrogate=Triangle(), static=True)
-    >>> run_neurons(job, torch.tensor([[0.5]]), State(zero, one / 2), values, kernel=Kernel.FUSED, keep=False)[0].mT
+    >>> run_neurons(job, torch.tensor([[0.5]]), State(zero, one / 2), values, kernel=Kernel.FUSED, keep=False).output.mT
     tensor([[1., 0., 1., 0.]])
     """
     if kernel is Kernel.EAGER:
-        return _run_eagerly(job, currents, start, values, keep)
+        return Ran(*_run_eagerly(job, currents, start, values, keep), kernel)
     batch = currents.shape[0] if job.static else currents.shape[0] // job.steps
     channels_last = currents.ndim > 1 and currents.movedim(1, -1).is_contiguous()
     call = _Call(job, kernel, keep, _Order(torch.Size((batch, *currents.shape[1:])), channels_last))
     output, *last = _Neurons.apply(call, currents, *start, *values)
-    return output, State(*last) if keep else None
+    ran = Kernel.COMPILED if kernel is Kernel.COMPILED and compiles(job) else Kernel.FUSED
+    return Ran(output, State(*last) if keep else None, ran)
 
 
 def _run_eagerly(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
@@ -111,42 +111,55 @@ def can_compile(device: str) -> bool:
 
 
 class Program:
-    """A function of tensors, compiled for any sizes when first called.
+    """One pass over the neurons, compiled for any sizes when it is first called.
 
-    Where that fails the function runs as it is from then on; a warning says so once.
+    Args:
+        function: takes ``job``, ``variant`` and tensors.
+        job: what the pass is made for. If it cannot be compiled, it runs as it is from then on; a warning says so once.
+        variant: what of it is wanted.
     """
 
-    def __init__(self, function: Callable[..., Any], *fixed: Any) -> None:
+    def __init__(self, function: Callable[..., Any], job: Hashable, variant: Hashable) -> None:
         def run(*tensors: Tensor) -> Any:
-            return function(*fixed, *tensors)
+            return function(job, variant, *tensors)
 
         # torch.compile allows a code object few recompilations; programs that share one would run out of them.
         own = types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
+        self.job = job
         self.plain = run
-        self.compiled: Callable[..., Any] | None = torch.compile(own, fullgraph=True)
+        self.compiled = torch.compile(own, fullgraph=True)
 
     def __call__(self, *tensors: Tensor) -> Any:
-        """Run the function."""
+        """Run the pass."""
         from torch._dynamo import maybe_mark_dynamic
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-        if self.compiled is not None:
-            # Only the sizes are free: dynamic=True would free the surrogate's numbers too, and compute with them anew
-            # for every neuron.
-            for tensor in tensors:
-                if tensor.ndim:
-                    maybe_mark_dynamic(tensor, tensor.ndim - 1)
-            try:
-                return self.compiled(*tensors)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-                self.compiled = None
-                first = str(error).strip().partition("\n")[0]
-                warnings.warn(
-                    f"the neurons could not be compiled ({type(error).__name__}: {first}); they run uncompiled, which "
-                    "is slower and gives the same. use_kernel(Kernel.FUSED) asks for that from the start.",
-                    stacklevel=2,
-                )
-        return self.plain(*tensors)
+        if not compiles(self.job):
+            return self.plain(*tensors)
+        # Only sizes are free. dynamic=True would free the numbers of the surrogate too, and compute with them anew for
+        # every neuron.
+        for tensor in tensors:
+            if tensor.ndim:
+                maybe_mark_dynamic(tensor, tensor.ndim - 1)
+        try:
+            return self.compiled(*tensors)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            _failed.add(self.job)
+            first = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"the neurons could not be compiled ({type(error).__name__}: {first}); they run uncompiled, which is "
+                "slower and gives the same. use_kernel(Kernel.FUSED) asks for that from the start.",
+                stacklevel=2,
+            )
+            return self.plain(*tensors)
+
+
+_failed: set[Hashable] = set()
+
+
+def compiles(job: Hashable) -> bool:
+    """Whether no compilation for ``job`` has failed so far."""
+    return job not in _failed
 
 
 program = functools.cache(Program)

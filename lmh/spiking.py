@@ -195,12 +195,12 @@ class SpikingSite(Timed):
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         kernel = choose(current, steps=steps, training=training)
         job = Job(steps, self.neuron.surrogate, self.static, isinstance(self.neuron.granularity, PerStep))
-        output, last = run_neurons(job, current, state, values, kernel=kernel, keep=self.time.carry)
+        ran = run_neurons(job, current, state, values, kernel=kernel, keep=self.time.carry)
         if not torch.compiler.is_compiling():
-            self.kernel = kernel
-        if last is not None:
-            self._carried = State(last.v_dendrite.detach(), last.v_soma.detach()), begun + steps
-        return output
+            self.kernel = ran.kernel
+        if ran.state is not None:
+            self._carried = State(*(potential.detach() for potential in ran.state)), begun + steps
+        return ran.output
 
     def _values(self, dtype: torch.dtype, begun: int, steps: int) -> Coefficients:
         """θ, λ and μ, each [] or [C], behind an axis of the ``steps`` steps after ``begun`` if per step."""

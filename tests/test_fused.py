@@ -65,9 +65,13 @@ class Case:
 
     def run(self, kernel: Kernel) -> tuple[Tensor, list[Tensor]]:
         """The output, and the gradients of current, v_S[0], θ, λ_S, λ_D, μ_S, μ_D."""
-        output, _ = run_neurons(self.job, self.current, self.start, self.values, kernel=kernel, keep=False)
+        output = self.output(kernel)
         wanted = [self.current, self.start.v_soma, *self.values]
         return output, list(torch.autograd.grad((output * self.weight).sum(), wanted))
+
+    def output(self, kernel: Kernel) -> Tensor:
+        """The output alone."""
+        return run_neurons(self.job, self.current, self.start, self.values, kernel=kernel, keep=False).output
 
 
 def case(
@@ -174,7 +178,7 @@ def test_it_keeps_its_current_and_nothing_else_of_that_size(static: bool, order:
     def kept(kernel: Kernel) -> list[Tensor]:
         found: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: found.append(x) or x, lambda x: x):
-            run_neurons(given.job, given.current, given.start, given.values, kernel=kernel, keep=False)
+            given.output(kernel)
         return [tensor for tensor in found if tensor.numel() > C]
 
     (current,) = kept(Kernel.FUSED)
@@ -270,7 +274,7 @@ def test_what_needs_no_gradient_gets_none_and_the_rest_is_unchanged(frozen: set[
     leaves = [given.current, given.start.v_soma, *given.values]
     for index in frozen:
         leaves[index].requires_grad_(False)
-    output, _ = run_neurons(given.job, given.current, given.start, given.values, kernel=Kernel.FUSED, keep=False)
+    output = given.output(Kernel.FUSED)
     (output * given.weight).sum().backward()
     for index, leaf in enumerate(leaves):
         assert leaf.grad is None if index in frozen else torch.equal(leaf.grad, expected[index])
@@ -289,14 +293,14 @@ def test_nothing_is_computed_for_frozen_coefficients(monkeypatch: pytest.MonkeyP
         return found._replace(coefficients=tuple(terms))
 
     monkeypatch.setattr(fused, "lmh_step_adjoint", watched)
-    output, _ = run_neurons(given.job, given.current, given.start, given.values, kernel=Kernel.FUSED, keep=False)
+    output = given.output(Kernel.FUSED)
     output.sum().backward()
     assert asked == [0] * T
 
 
 def test_a_second_derivative_is_refused() -> None:
     given = case()
-    output, _ = run_neurons(given.job, given.current, given.start, given.values, kernel=Kernel.FUSED, keep=False)
+    output = given.output(Kernel.FUSED)
     (gradient,) = torch.autograd.grad(output.square().sum(), given.current, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -419,6 +423,10 @@ def test_neurons_that_cannot_be_compiled_run_uncompiled_and_say_so_once() -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         given.run(Kernel.COMPILED)
+    site = site_of(surrogate=Untraceable())
+    with use_kernel(Kernel.COMPILED):
+        site(given.current.float())
+    assert site.kernel is Kernel.FUSED
 
 
 COMPILED_CASES = {
