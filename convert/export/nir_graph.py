@@ -45,7 +45,7 @@ from .nir_values import (
     selected,
     shifted,
 )
-from .nir_windows import Window, adaptive_matrix, average_window, dividing_window, maximum_window
+from .nir_windows import Window, adaptive_matrix, average_window, dividing_window, maximum_window, unread
 
 MAXPOOL_LOSS = (
     "max-pool of currents: NIR has none; the neurons stand in front of it and the pool passes a spike when one of its "
@@ -177,7 +177,7 @@ class Translation:
         if any(step > 1 for step in stride):
             ones, zeros = (1,) * len(stride), (0,) * len(stride)
             shape = (value.channels, *labels.shape[1:])
-            value = self.builder.pooled(value, Window(ones, stride, zeros, _cut(value, labels, stride)), path, shape)
+            value = self.builder.pooled(value, Window(ones, stride, zeros, unread(value, labels, stride)), path, shape)
         return selected(value, index)
 
     def _labels_of(self, found: Any) -> Any:
@@ -382,12 +382,6 @@ def _labels(shape: tuple[int, ...]) -> Array:
 
 def _is_pool(node: fx.Node) -> bool:
     return kind_of(node) is Kind.MAXPOOL
-
-
-def _cut(value: Value, labels: Array, stride: tuple[int, ...]) -> tuple[int, ...]:
-    """How many positions behind the last taken one are not read, as negative padding."""
-    sizes = zip(value.shape[1:], labels.shape[1:], stride, strict=True)
-    return tuple((out - 1) * step + 1 - size for size, out, step in sizes)
 
 
 def _held(output: fx.Node) -> list[fx.Node]:
