@@ -19,8 +19,11 @@ from lmh.calibrate import Max
 from lmh.convert import EventFrames, convert
 from lmh.errors import ArgumentError, TrainingError
 from lmh.finetune import TET, CrossEntropy, Distillation, Schedule, finetune, fit
+from lmh.finetune.batches import Feed
 from lmh.finetune.losses import combined
-from lmh.finetune.trainer import _as_teacher, _run, accuracy, neuron_parameters
+from lmh.finetune.optimiser import neuron_parameters
+from lmh.finetune.strategies import STBP
+from lmh.finetune.trainer import Task, Watch, accuracy, as_teacher, run
 from lmh.zoo import Batches, CropFlip, DataSet
 
 
@@ -239,7 +242,7 @@ class TestWhatTheCallerHolds:
                 moves.append(str(device))
                 return self
 
-        with _as_teacher(Moves(), torch.device("meta")):
+        with as_teacher(Moves(), torch.device("meta")):
             assert moves == ["meta"]
         assert moves == ["meta", "cpu"]
 
@@ -269,7 +272,8 @@ class TestWhatTheCallerHolds:
         ours, open_loop = copy.deepcopy(start), copy.deepcopy(start)
         schedule = Schedule(epochs=2, seed=4)
         history = finetune(ours, train, schedule=schedule)
-        assert _run(open_loop, train, None, schedule, None, None, None, None) == history
+        task = Task(open_loop, Feed.of(train, schedule.seed), None, schedule, STBP(), None)
+        assert run(task, Watch()) == history
         assert same(ours, open_loop)
 
 

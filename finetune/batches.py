@@ -1,0 +1,156 @@
+"""The batches of a training: by epoch, checked, on the network's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from ..arguments import check_batches, check_labels, refuse, split_batch
+from ..errors import TrainingError
+from ..time_axis import FoldEvents
+from .randomness import drawn, seed_of
+
+
+@runtime_checkable
+class EpochBatches(Protocol):
+    """Batches that can be drawn anew for each epoch, such as :class:`lmh.zoo.Batches`."""
+
+    def at_epoch(self, epoch: int) -> Iterable[Any]:
+        """Return the batches of one epoch, (x [N, *F], y [N]) or x alone."""
+        ...
+
+
+@runtime_checkable
+class Skippable(Protocol):
+    """Batches that can begin in the middle without making those before, such as :class:`lmh.zoo.Batches`."""
+
+    def from_batch(self, index: int) -> Iterable[Any]:
+        """Return the batches from this one on, the same as when all are read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A loader that is iterated anew for each epoch."""
+
+    loader: Iterable[Any]
+
+    def at_epoch(self, epoch: int) -> Iterable[Any]:
+        """Return the loader; its order comes from the random state."""
+        return self.loader
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Training batches under the seed of a run: the same whenever the same epoch is asked for.
+
+    Attributes:
+        source: the batches.
+        seed: of loaders that draw from the global random state.
+    """
+
+    source: EpochBatches
+    seed: int
+
+    @classmethod
+    def of(cls, train: EpochBatches | Iterable[Any], seed: int) -> Feed:
+        """Return the feed of anything that gives batches."""
+        return cls(train if isinstance(train, EpochBatches) else Repeated(train), seed)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """Yield the batches of an epoch, from one of them on."""
+        batches, seed = self.source.at_epoch(epoch), seed_of(self.seed, "data", epoch)
+        if start and isinstance(batches, Skippable):
+            return drawn(batches.from_batch(start), seed)
+        return islice(drawn(batches, seed), start, None)
+
+    def count(self) -> int:
+        """Return the number of batches of an epoch.
+
+        Raises:
+            TrainingError: if there is none.
+        """
+        batches = self.source.at_epoch(0)
+        try:
+            count = len(batches) if isinstance(batches, Sized) else sum(1 for _ in self.epoch(0))
+        except TypeError:  # a DataLoader over an IterableDataset has a __len__ that fails
+            count = sum(1 for _ in self.epoch(0))
+        if count == 0:
+            raise TrainingError(
+                "the training data gave no batch; expected at least one. Check the number of samples "
+                "(--train-samples); with drop_last=True a data set smaller than a batch gives none."
+            )
+        return count
+
+    def first(self, samples: int) -> list[Any]:
+        """Return the first batches of epoch 0, until they hold that many samples or there are no more."""
+        found: list[Any] = []
+        have = 0
+        for batch in self.epoch(0):
+            x, _ = split_batch("finetune: train", batch)
+            found.append(batch)
+            have += len(x)
+            if have >= samples:
+                break
+        return found
+
+
+def check_training_data(train: object, val: object) -> None:
+    """Refuse training and validation data that gives no batches, or gives them only once.
+
+    Raises:
+        ArgumentError: saying what to pass.
+    """
+    for name, data in (("train", train), ("val", val)):
+        where = f"finetune: {name}"
+        if data is None and name == "val":
+            continue
+        if not isinstance(data, EpochBatches) or isinstance(data, type):
+            check_batches(where, data)
+        if isinstance(data, Tensor):
+            raise refuse(where, data, "batches", "Pass DataLoader(TensorDataset(x, y), batch_size=128, shuffle=True).")
+        if isinstance(data, Iterator):
+            raise refuse(where, data, "batches that can be read once for each epoch", "Pass list(…) or a DataLoader.")
+
+
+def takes_events(model: nn.Module) -> bool:
+    """Whether the network takes frames [T, N, *F]."""
+    return any(isinstance(module, (FoldEvents, MeanOverFrames)) for module in model.modules())
+
+
+def samples(model: nn.Module, x: Tensor) -> int:
+    """Return N of an input [N, *F], or [T, N, *F] where the network takes event frames."""
+    return x.shape[1] if takes_events(model) else len(x)
+
+
+def split(where: str, batch: Any, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return x and the labels of a batch, checked, in the network's dtype and on its device.
+
+    Raises:
+        ArgumentError: for a batch of another form.
+    """
+    like = next(model.parameters())
+    x, y = split_batch(where, batch)
+    if y is not None:
+        y = check_labels(where, y, samples(model, x)).to(like.device)
+    return x.to(like), y
+
+
+class MeanOverFrames(nn.Module):
+    """An ANN on event frames: its mean output over T, as the spiking network's is.
+
+    Args:
+        ann: takes [N, *F].
+    """
+
+    def __init__(self, ann: nn.Module) -> None:
+        super().__init__()
+        self.ann = ann
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [N, C] from frames [T, N, *F]."""
+        return self.ann(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(0)

@@ -1,0 +1,115 @@
+"""One batch of training: forward, loss, backward, update."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TrainingError
+from ..time_axis import Readout, TimeAxis, Timed, call, carry_state
+from .batches import takes_events
+from .losses import combined
+from .mixing import MixedLabels
+from .precision import stored_input, widened
+from .schedule import Schedule
+from .strategies import Strategy
+
+
+@dataclass(frozen=True)
+class Work:
+    """A batch as training sees it.
+
+    Attributes:
+        x: [N, *F], or [T, N, *F] for event frames.
+        labels: [N], mixed ones, or None.
+        target: the teacher's outputs, [N, C], or None.
+    """
+
+    x: Tensor
+    labels: Tensor | MixedLabels | None
+    target: Tensor | None
+
+
+class DivergedError(ArithmeticError):
+    """A loss or gradient that is not finite; the weights were not touched by it."""
+
+
+class Stepper:
+    """Trains a network by one batch after the other.
+
+    Args:
+        model: the network, spiking or not.
+        optimizer: of its parameters.
+        schedule: loss, precision and the rest.
+        strategy: how the gradient goes through time.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, strategy: Strategy
+    ) -> None:
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.time = _time_of(model)
+        self.events = takes_events(model)
+        self.device = next(model.parameters()).device
+        self.steps = strategy.slice_steps(self.time.timesteps) if self.time else 0
+
+    def __call__(self, work: Work) -> float:
+        """Train by one batch and return its loss.
+
+        Raises:
+            DivergedError: if loss or gradient is not finite.
+            TrainingError: for labels beyond the outputs.
+        """
+        slices = self.time.timesteps // self.steps if self.time else 1
+        total = 0.0
+        with carry_state(self.model) if slices > 1 else nullcontext():
+            for index in range(slices):
+                self.optimizer.zero_grad(set_to_none=True)
+                loss = self._loss(work, index)
+                loss.backward()
+                self._update(loss.detach())
+                total += float(loss.detach())
+        return total / slices
+
+    def _loss(self, work: Work, index: int) -> Tensor:
+        per_step = self.schedule.loss.per_step
+        x = stored_input(work.x, self.schedule.precision)
+        with self.schedule.precision.autocast(self.device):
+            if self.time is None:
+                outputs = self.model(x)
+            else:
+                if self.events and self.steps < self.time.timesteps:
+                    x = x[index * self.steps : (index + 1) * self.steps]
+                with call(self.time, Readout.PER_STEP if per_step else Readout.MEAN, self.steps):
+                    outputs = self.model(x)
+        if index == 0:
+            _check_classes(work.labels, outputs.shape[-1])
+        outputs = widened(outputs)
+        return combined(self.schedule.loss, self.schedule.distillation, outputs, work.labels, work.target)
+
+    def _update(self, loss: Tensor) -> None:
+        bound = math.inf if self.schedule.clip_norm is None else self.schedule.clip_norm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), bound)
+        for what, value in (("loss", loss), ("gradient", norm)):
+            if not torch.isfinite(value):
+                raise DivergedError(f"the {what} is {float(value)}")
+        self.optimizer.step()
+
+
+def _time_of(model: nn.Module) -> TimeAxis | None:
+    return next((module.time for module in model.modules() if isinstance(module, Timed)), None)
+
+
+def _check_classes(labels: Tensor | MixedLabels | None, classes: int) -> None:
+    if labels is None:
+        return
+    largest = int((labels if isinstance(labels, Tensor) else labels.first).max())
+    if largest >= classes:
+        raise TrainingError(
+            f"a label is {largest} and the network has {classes} outputs; expected labels below that. "
+            "Use the data set that the network was made for."
+        )
