@@ -12,11 +12,12 @@ from .losses import TET, CrossEntropy, Distillation
 from .mixing import CutMix, Mixup
 from .precision import BFloat16, Float32
 from .schedule import EMA, EarlyStopping, Schedule
-from .strategies import STBP, Hybrid
+from .strategies import SLTT, STBP, EverySlice, Hybrid, OncePerBatch, TimeSliced
 from .trainer import fit
 
 __all__ = [
     "EMA",
+    "SLTT",
     "STBP",
     "TET",
     "BFloat16",
@@ -26,12 +27,15 @@ __all__ = [
     "Distillation",
     "EarlyStopping",
     "EpochResult",
+    "EverySlice",
     "Finetuned",
     "Float32",
     "Hybrid",
     "Mixup",
+    "OncePerBatch",
     "Schedule",
     "Stage",
+    "TimeSliced",
     "finetune",
     "fit",
 ]

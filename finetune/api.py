@@ -135,6 +135,7 @@ def finetune(
         _check_no_timesteps(timesteps)
         return Finetuned(network, (call.stbp(network, strategy),))
     conversion = _conversion(network, timesteps, strategy, call)
+    strategy.slice_steps(conversion.recipe.timesteps)
     if not isinstance(strategy, Hybrid):
         return Finetuned(conversion.snn, (call.stbp(conversion.snn, strategy),), conversion)
     if teacher is None:

@@ -16,7 +16,7 @@ from .losses import combined
 from .mixing import MixedLabels
 from .precision import stored_input, widened
 from .schedule import Schedule
-from .strategies import Strategy
+from .strategies import EverySlice, Strategy
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Stepper:
         self.events = takes_events(model)
         self.device = next(model.parameters()).device
         self.steps = strategy.slice_steps(self.time.timesteps) if self.time else 0
+        self.every_slice = isinstance(strategy.update, EverySlice)
 
     def __call__(self, work: Work) -> float:
         """Train by one batch and return its loss.
@@ -65,15 +66,17 @@ class Stepper:
             TrainingError: for labels beyond the outputs.
         """
         slices = self.time.timesteps // self.steps if self.time else 1
-        total = 0.0
+        losses = []
         with carry_state(self.model) if slices > 1 else nullcontext():
             for index in range(slices):
-                self.optimizer.zero_grad(set_to_none=True)
+                if index == 0 or self.every_slice:
+                    self.optimizer.zero_grad(set_to_none=True)
                 loss = self._loss(work, index)
-                loss.backward()
-                self._update(loss.detach())
-                total += float(loss.detach())
-        return total / slices
+                (loss if self.every_slice or slices == 1 else loss / slices).backward()
+                losses.append(loss.detach())
+                if index == slices - 1 or self.every_slice:
+                    self._update(losses)
+        return sum(map(float, losses)) / slices
 
     def _loss(self, work: Work, index: int) -> Tensor:
         per_step = self.schedule.loss.per_step
@@ -91,10 +94,10 @@ class Stepper:
         outputs = widened(outputs)
         return combined(self.schedule.loss, self.schedule.distillation, outputs, work.labels, work.target)
 
-    def _update(self, loss: Tensor) -> None:
+    def _update(self, losses: list[Tensor]) -> None:
         bound = math.inf if self.schedule.clip_norm is None else self.schedule.clip_norm
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), bound)
-        for what, value in (("loss", loss), ("gradient", norm)):
+        for what, value in (*(("loss", loss) for loss in losses), ("gradient", norm)):
             if not torch.isfinite(value):
                 raise DivergedError(f"the {what} is {float(value)}")
         self.optimizer.step()

@@ -17,12 +17,30 @@ from ..spiking import IF, LMH
 from .schedule import Schedule
 
 
+@dataclass(frozen=True)
+class EverySlice:
+    """One update of the weights after each slice, as in the paper's online training."""
+
+
+@dataclass(frozen=True)
+class OncePerBatch:
+    """One update after the last slice, by the mean of the slices' gradients."""
+
+
+Update = EverySlice | OncePerBatch
+
+
 class Strategy(Protocol):
     """What training a spiking network asks of a strategy."""
 
     @property
     def neuron(self) -> LMH:
         """Return the neurons that an ANN is converted to."""
+        ...
+
+    @property
+    def update(self) -> Update:
+        """Return when the weights change."""
         ...
 
     def slice_steps(self, timesteps: int) -> int:
@@ -40,9 +58,78 @@ class STBP:
 
     neuron: LMH = field(default_factory=LMH)
 
+    @property
+    def update(self) -> Update:
+        """There is one slice, so both mean the same."""
+        return OncePerBatch()
+
     def slice_steps(self, timesteps: int) -> int:
         """Return T."""
         return timesteps
+
+
+@dataclass(frozen=True)
+class TimeSliced:
+    """Online training in slices of k steps (Hao et al., ICLR 2024, Table 3).
+
+    The potentials go on from slice to slice, the gradient does not: they are detached at the start of each. The loss of
+    a slice is that of the mean over its own k outputs, and memory is that of k steps. k = T is STBP.
+
+    BatchNorm sees k·N samples at a time, so its running statistics take in T/k batches for one of STBP.
+
+    Attributes:
+        steps: k, a divisor of T.
+        update: ``EverySlice()``, or ``OncePerBatch()``, which updates by the mean gradient of all slices.
+        neuron: as for :class:`STBP`.
+    """
+
+    steps: int
+    update: Update = field(default_factory=EverySlice)
+    neuron: LMH = field(default_factory=LMH)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ArgumentError(f"TimeSliced: steps is {self.steps!r}; expected a whole number of at least 1.")
+        check_kind("TimeSliced: update", self.update, (EverySlice, OncePerBatch), "EverySlice()", "OncePerBatch()")
+
+    def slice_steps(self, timesteps: int) -> int:
+        """Return k.
+
+        Raises:
+            ArgumentError: if it does not divide T.
+
+        >>> TimeSliced(2).slice_steps(6)
+        2
+        """
+        if timesteps % self.steps:
+            divisors = ", ".join(str(k) for k in range(1, timesteps + 1) if timesteps % k == 0)
+            raise ArgumentError(
+                f"TimeSliced: slices of {self.steps} steps do not divide T = {timesteps}; expected one of {divisors}. "
+                "Choose one of them, or convert with another T."
+            )
+        return self.steps
+
+
+@dataclass(frozen=True)
+class SLTT:
+    """Spatial learning through time (Meng et al., ICCV 2023): no gradient from step to step, one update a batch.
+
+    This is ``TimeSliced(1, OncePerBatch())`` under its name, the baseline of the paper's Table 3.
+
+    Attributes:
+        neuron: as for :class:`STBP`.
+    """
+
+    neuron: LMH = field(default_factory=LMH)
+
+    @property
+    def update(self) -> Update:
+        """Return one update a batch."""
+        return OncePerBatch()
+
+    def slice_steps(self, timesteps: int) -> int:
+        """Return 1."""
+        return 1
 
 
 def default_qcfs() -> Schedule:
@@ -60,15 +147,15 @@ class Hybrid:
 
     Attributes:
         qcfs: schedule of the QCFS stage.
-        then: how the spiking network is trained.
+        then: how the spiking network is trained: ``STBP()``, ``TimeSliced(k)`` or ``SLTT()``.
     """
 
     qcfs: Schedule = field(default_factory=default_qcfs)
-    then: STBP = field(default_factory=STBP)
+    then: STBP | TimeSliced | SLTT = field(default_factory=STBP)
 
     def __post_init__(self) -> None:
         check_kind("Hybrid: qcfs", self.qcfs, Schedule, "Schedule(epochs=10, lr=0.01, warmup_steps=100)")
-        check_kind("Hybrid: then", self.then, STBP, "STBP()")
+        check_kind("Hybrid: then", self.then, (STBP, TimeSliced, SLTT), "STBP()", "TimeSliced(2)")
         if not isinstance(self.then.neuron.preset, IF):
             raise ArgumentError(
                 f"Hybrid: the neurons start as {self.then.neuron.preset}; expected IF(), which equals QCFS with L = T."
@@ -78,6 +165,11 @@ class Hybrid:
     def neuron(self) -> LMH:
         """Return the neurons of the second stage."""
         return self.then.neuron
+
+    @property
+    def update(self) -> Update:
+        """Return what the second stage asks for."""
+        return self.then.update
 
     def slice_steps(self, timesteps: int) -> int:
         """Return what the second stage asks for."""
