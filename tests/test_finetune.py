@@ -273,7 +273,7 @@ class TestWhatTheCallerHolds:
         schedule = Schedule(epochs=2, seed=4)
         history = finetune(ours, train, schedule=schedule)
         task = Task(open_loop, Feed.of(train, schedule.seed), None, schedule, STBP(), None)
-        assert run(task, Watch()) == history
+        assert run(task, Watch()) == list(history)
         assert same(ours, open_loop)
 
 
