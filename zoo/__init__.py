@@ -1,14 +1,19 @@
 """The zoo: architectures, data sets and trained weights."""
 
+from .augmentation import AutoAugment, Cutout, InTurn, Policy
 from .data import DataSet, load_data
 from .images import Batches, CropFlip, Preprocessing, seeded_order
 from .registry import Card, card, list_architectures, list_models, load, record, snn_path
 
 __all__ = [
+    "AutoAugment",
     "Batches",
     "Card",
     "CropFlip",
+    "Cutout",
     "DataSet",
+    "InTurn",
+    "Policy",
     "Preprocessing",
     "card",
     "list_architectures",
