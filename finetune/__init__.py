@@ -8,6 +8,7 @@ tuned = finetune(ann, train, val, timesteps=4, strategy=Hybrid())    a QCFS stag
 from .api import Finetuned, finetune
 from .checkpoint import Checkpoint
 from .history import EpochResult, Stage
+from .log import JSONLines, Progress, TensorBoard
 from .losses import TET, CrossEntropy, Distillation
 from .mixing import CutMix, Mixup
 from .precision import BFloat16, Float32
@@ -31,10 +32,13 @@ __all__ = [
     "Finetuned",
     "Float32",
     "Hybrid",
+    "JSONLines",
     "Mixup",
     "OncePerBatch",
+    "Progress",
     "Schedule",
     "Stage",
+    "TensorBoard",
     "TimeSliced",
     "finetune",
     "fit",

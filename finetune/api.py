@@ -17,9 +17,11 @@ from .batches import EpochBatches, Feed, check_training_data
 from .checkpoint import Checkpoint
 from .history import EpochResult, Stage
 from .hybrid import calibrated, over_frames, qcfs_network, taken_over
+from .log import Log, OnProgress
+from .reporting import OnBatch, OnEpoch, Watch
 from .schedule import Schedule
 from .strategies import STBP, Hybrid, Strategy
-from .trainer import OnBatch, OnEpoch, as_checkpoint, fit
+from .trainer import as_checkpoint, fit_stage
 
 CALIBRATION_SAMPLES = 512
 
@@ -74,6 +76,8 @@ def finetune(
     checkpoint: Checkpoint | str | Path | None = None,
     on_batch: OnBatch | None = None,
     on_epoch: OnEpoch | None = None,
+    on_progress: OnProgress | None = None,
+    logs: Sequence[Log] = (),
 ) -> Finetuned:
     """Fine-tune a spiking network in place, or make one of an ANN: all weights, θ, v_init, λ and μ learn.
 
@@ -95,6 +99,8 @@ def finetune(
             QCFS stage has its own beside it.
         on_batch: told (epoch, batch, loss).
         on_epoch: told of each epoch that ends.
+        on_progress: told of every batch with a :class:`Progress`: stage, pace, time left, memory.
+        logs: ``JSONLines(file)``, ``TensorBoard(folder)``.
 
     Returns:
         The network, the conversion where there was one, and the history by stage.
@@ -130,7 +136,8 @@ def finetune(
     elif epochs is not None:
         schedule = replace(schedule, epochs=epochs)
     check_training_data(train, val)
-    call = _Call(train, val, schedule, teacher, as_checkpoint(checkpoint), on_batch, on_epoch)
+    watch = Watch(as_checkpoint(checkpoint), on_batch, on_epoch, on_progress, logs)
+    call = _Call(train, val, schedule, teacher, watch)
     if isinstance(network, nn.Module) and spiking:
         _check_no_timesteps(timesteps)
         return Finetuned(network, (call.stbp(network, strategy),))
@@ -179,9 +186,7 @@ class _Call:
     val: Iterable[Any] | None
     schedule: Schedule
     teacher: nn.Module | None
-    checkpoint: Checkpoint | None
-    on_batch: OnBatch | None
-    on_epoch: OnEpoch | None
+    watch: Watch
 
     def samples(self) -> list[Any]:
         """Return the batches that thresholds are found on."""
@@ -189,17 +194,7 @@ class _Call:
 
     def stbp(self, snn: nn.Module, strategy: Strategy) -> Stage:
         """Train the spiking network."""
-        history = fit(
-            snn,
-            self.train,
-            self.val,
-            self.schedule,
-            strategy=strategy,
-            teacher=self.teacher,
-            checkpoint=self.checkpoint,
-            on_batch=self.on_batch,
-            on_epoch=self.on_epoch,
-        )
+        history = fit_stage("STBP", snn, self.train, self.val, self.schedule, strategy, self.teacher, self.watch)
         return Stage("STBP", snn, self.schedule, tuple(history))
 
     def qcfs(self, conversion: Conversion, strategy: Hybrid) -> tuple[Stage, Conversion]:
@@ -207,15 +202,9 @@ class _Call:
         recipe = conversion.recipe
         calibration = calibrated(conversion.prepared, recipe, self.samples())
         network = qcfs_network(conversion.prepared, calibration, recipe.timesteps)
-        history = fit(
-            over_frames(network, recipe),
-            self.train,
-            self.val,
-            strategy.qcfs,
-            teacher=self.teacher,
-            checkpoint=self.checkpoint and self.checkpoint.of_stage("qcfs"),
-            on_batch=self.on_batch,
-            on_epoch=self.on_epoch,
-        )
+        trained = over_frames(network, recipe)
+        checkpoint = self.watch.checkpoint
+        watch = replace(self.watch, checkpoint=checkpoint and checkpoint.of_stage("qcfs"))
+        history = fit_stage("QCFS", trained, self.train, self.val, strategy.qcfs, STBP(), self.teacher, watch)
         stage = Stage("QCFS", network, strategy.qcfs, tuple(history))
         return stage, taken_over(network, replace(conversion, calibration=calibration))

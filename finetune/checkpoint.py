@@ -151,11 +151,11 @@ class Keeper:
         history = [EpochResult.from_json(entry) for entry in metadata["history"]]
         training.restore(tensors, metadata["position"], history)
 
-    def after_batch(self, training: Training, step: int) -> None:
-        """Write if steps or minutes ask for it."""
+    def due(self, step: int) -> bool:
+        """Whether steps or minutes ask for a file after so many batches."""
         steps, minutes = self.checkpoint.steps, self.checkpoint.minutes
-        if (steps and step % steps == 0) or (minutes and time.monotonic() - self.written >= 60 * minutes):
-            self.write(training)
+        by_steps = steps is not None and step % steps == 0
+        return by_steps or (minutes is not None and time.monotonic() - self.written >= 60 * minutes)
 
     def write(self, training: Training) -> None:
         """Write the file; the one before it stays until the new one is whole.

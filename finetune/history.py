@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..qcfs import QCFS
 from ..spiking import COEFFICIENTS, PerStep, SpikingSite
+from .batches import MeanOverFrames
 from .schedule import Schedule
 
 NeuronValues = Mapping[str, Mapping[str, tuple[float, ...]]]
@@ -65,14 +66,15 @@ def neuron_values(network: nn.Module) -> NeuronValues:
     >>> sorted(neuron_values(load("zoo:digits-cnn-t4"))["stem.2"])
     ['lambda_d', 'lambda_s', 'mu_d', 'mu_s', 'v_init', 'v_threshold']
     """
+    network = network.ann if isinstance(network, MeanOverFrames) else network
     return {
-        _bare(path): _site_values(module) if isinstance(module, SpikingSite) else _qcfs_values(module)
+        bare_path(path): _site_values(module) if isinstance(module, SpikingSite) else _qcfs_values(module)
         for path, module in network.named_modules()
         if isinstance(module, (SpikingSite, QCFS))
     }
 
 
-def _bare(path: str) -> str:
+def bare_path(path: str) -> str:
     """Return a path without the names that wrappers (DDP, torch.compile) put before it."""
     return path.removeprefix("module.").removeprefix("_orig_mod.")
 

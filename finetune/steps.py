@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -95,11 +94,13 @@ class Stepper:
         return combined(self.schedule.loss, self.schedule.distillation, outputs, work.labels, work.target)
 
     def _update(self, losses: list[Tensor]) -> None:
-        bound = math.inf if self.schedule.clip_norm is None else self.schedule.clip_norm
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), bound)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         for what, value in (*(("loss", loss) for loss in losses), ("gradient", norm)):
             if not torch.isfinite(value):
                 raise DivergedError(f"the {what} is {float(value)}")
+        if self.schedule.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.schedule.clip_norm, norm)
         self.optimizer.step()
 
 

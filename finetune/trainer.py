@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +16,17 @@ from ..errors import ArgumentError, TrainingError
 from ..records import plain_value
 from .batches import EpochBatches, Feed, MeanOverFrames, check_training_data, samples, split, takes_events
 from .checkpoint import Checkpoint, Keeper, Training, start_of
+from .diagnosis import broken_tensor, origin
 from .history import EpochResult, neuron_values
+from .log import Log, OnProgress, check_logs, opened
 from .mixing import mixed
 from .optimiser import Average, copied, optimiser, set_rate
 from .precision import stored_for, stored_input, widened
 from .randomness import drawn, own_random_state, seed_of
+from .reporting import OnBatch, OnEpoch, Reporter, Watch
 from .schedule import Schedule
 from .steps import DivergedError, Stepper, Work
 from .strategies import STBP, Strategy
-
-OnBatch = Callable[[int, int, float], None]
-OnEpoch = Callable[[EpochResult], None]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Task:
     """What is trained, and on what.
 
     Attributes:
+        stage: its name, for logs.
         model: the network.
         feed: training batches.
         val: batches to measure, or None.
@@ -42,27 +43,13 @@ class Task:
         teacher: whose outputs are distilled, or None.
     """
 
+    stage: str
     model: nn.Module
     feed: Feed
     val: Iterable[Any] | None
     schedule: Schedule
     strategy: Strategy
     teacher: nn.Module | None
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Who is told, and where the run is kept.
-
-    Attributes:
-        checkpoint: None keeps nothing.
-        on_batch: told (epoch, batch, loss).
-        on_epoch: told of each epoch that ends.
-    """
-
-    checkpoint: Checkpoint | None = None
-    on_batch: OnBatch | None = None
-    on_epoch: OnEpoch | None = None
 
 
 def fit(
@@ -76,6 +63,8 @@ def fit(
     checkpoint: Checkpoint | str | Path | None = None,
     on_batch: OnBatch | None = None,
     on_epoch: OnEpoch | None = None,
+    on_progress: OnProgress | None = None,
+    logs: Sequence[Log] = (),
 ) -> list[EpochResult]:
     """Train any network, spiking or not, in place, and leave it in eval mode.
 
@@ -93,6 +82,8 @@ def fit(
         checkpoint: file written after each epoch, or a :class:`Checkpoint` that says more; None writes none.
         on_batch: told (epoch, batch, loss).
         on_epoch: told of each epoch that ends.
+        on_progress: told of every batch with a :class:`Progress`: pace, time left, memory.
+        logs: ``JSONLines(file)``, ``TensorBoard(folder)``.
 
     Returns:
         One result for each epoch, those before a resume included.
@@ -108,17 +99,32 @@ def fit(
     >>> 0 <= result.val_accuracy <= 1
     True
     """
+    watch = Watch(as_checkpoint(checkpoint), on_batch, on_epoch, on_progress, logs)
+    return fit_stage("ANN", model, train, val, schedule, strategy or STBP(), teacher, watch)
+
+
+def fit_stage(
+    stage: str,
+    model: nn.Module,
+    train: EpochBatches | Iterable[Any],
+    val: Iterable[Any] | None,
+    schedule: Schedule,
+    strategy: Strategy,
+    teacher: nn.Module | None,
+    watch: Watch,
+) -> list[EpochResult]:
+    """Check everything, then train: :func:`fit` for a stage of a name."""
     check_network("finetune: the network", model)
     device = _device(model)
     check_kind("finetune: schedule", schedule, Schedule, "Schedule(epochs=10)")
     if teacher is not None:
         check_network("finetune: teacher", teacher)
     check_training_data(train, val)
+    check_logs(watch.logs)
     if schedule.early_stopping is not None and val is None:
         raise ArgumentError("finetune: early_stopping needs validation batches and val is None. Pass val=.")
     schedule.precision.check(device)
-    task = Task(model, Feed.of(train, schedule.seed), val, schedule, strategy or STBP(), teacher)
-    watch = Watch(as_checkpoint(checkpoint), on_batch, on_epoch)
+    task = Task(stage, model, Feed.of(train, schedule.seed), val, schedule, strategy, teacher)
     with own_random_state(device), as_teacher(teacher, device), stored_for(model, schedule.precision):
         return run(task, watch)
 
@@ -169,8 +175,12 @@ def run(task: Task, watch: Watch) -> list[EpochResult]:
         facts = {**settings(schedule, task.strategy), "start": start_of(model, task.feed, batches)}
         keeper = Keeper(watch.checkpoint, facts)
         keeper.resume(training)
-    while training.epoch < schedule.epochs and not _stopped(schedule, training.history):
-        _epoch(task, training, stepper, batches, keeper, watch)
+    with opened(watch.logs) as writers:
+        reporter = Reporter(task.stage, schedule.epochs, batches, _device(model), watch, writers)
+        reporter.start(training)
+        while training.epoch < schedule.epochs and not _stopped(schedule, training.history):
+            _epoch(task, training, stepper, reporter, keeper)
+            reporter.epoch(training.history[-1])
     _leave_result(training)
     return training.history
 
@@ -191,35 +201,47 @@ def _named(value: Any) -> Any:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _epoch(task: Task, training: Training, stepper: Stepper, batches: int, keeper: Keeper | None, watch: Watch) -> None:
+def _epoch(task: Task, training: Training, stepper: Stepper, reporter: Reporter, keeper: Keeper | None) -> None:
     model, schedule, epoch = task.model, task.schedule, training.epoch
     model.train()
+    reporter.pace.begin()
     for batch in task.feed.epoch(epoch, training.batch):
-        step = epoch * batches + training.batch
+        step = epoch * reporter.batches + training.batch
         x, y = split("finetune: train", batch, model)
-        set_rate(training.optimizer, schedule.rate(step, batches))
+        set_rate(training.optimizer, schedule.rate(step, reporter.batches))
+        work = _work(task, x, y, seed_of(schedule.seed, "mixing", step))
         try:
-            loss = stepper(_work(task, x, y, seed_of(schedule.seed, "mixing", step)))
+            loss = stepper(work)
         except DivergedError as error:
-            raise TrainingError(
-                f"epoch {epoch + 1}, batch {training.batch + 1}: {error}; expected a finite number. "
-                "Lower lr or neuron_lr, or look for NaN in the data; the last good checkpoint is kept if one was asked "
-                "for."
-            ) from error
+            where = origin(model, work.x, work.target)
+            raise _diverged(epoch, training.batch + 1, f"{error}; it began in {where}") from error
         if training.average is not None:
             training.average.update(model, step)
         count = samples(model, x)
         training.loss, training.seen = training.loss + loss * count, training.seen + count
         training.batch += 1
-        if watch.on_batch is not None:
-            watch.on_batch(epoch, training.batch - 1, loss)
-        if keeper is not None:
-            keeper.after_batch(training, step + 1)
+        reporter.batch(training, loss, count)
+        if keeper is not None and keeper.due(step + 1):
+            _check_tensors(training)
+            keeper.write(training)
+    _check_tensors(training)
     _end_epoch(task, training)
     if keeper is not None:
         keeper.write(training)
-    if watch.on_epoch is not None:
-        watch.on_epoch(training.history[-1])
+
+
+def _check_tensors(training: Training) -> None:
+    """Refuse to go on, or to keep, what an update made infinite."""
+    broken = broken_tensor(training.model)
+    if broken is not None:
+        raise _diverged(training.epoch, training.batch, f"{broken} is not finite after the update")
+
+
+def _diverged(epoch: int, batch: int, what: str) -> TrainingError:
+    return TrainingError(
+        f"epoch {epoch + 1}, batch {batch}: {what}; expected finite numbers. Lower lr or "
+        "neuron_lr, warm up, or look for NaN in the data; the last good checkpoint is kept if one was asked for."
+    )
 
 
 def _work(task: Task, x: Tensor, y: Tensor | None, seed: int) -> Work:

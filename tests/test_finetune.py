@@ -22,8 +22,9 @@ from lmh.finetune import TET, CrossEntropy, Distillation, Schedule, finetune, fi
 from lmh.finetune.batches import Feed
 from lmh.finetune.losses import combined
 from lmh.finetune.optimiser import neuron_parameters
+from lmh.finetune.reporting import Watch
 from lmh.finetune.strategies import STBP
-from lmh.finetune.trainer import Task, Watch, accuracy, as_teacher, run
+from lmh.finetune.trainer import Task, accuracy, as_teacher, run
 from lmh.zoo import Batches, CropFlip, DataSet
 
 
@@ -134,7 +135,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(start: nn.Module, train:
             batches = list(train.at_epoch(epoch))
             return batches if epoch == 0 else [(x * float("nan"), y) for x, y in batches]
 
-    with pytest.raises(TrainingError, match=r"epoch 2, batch 1: the gradient is nan.*Lower lr"):
+    with pytest.raises(TrainingError, match=r"epoch 2, batch 1: the gradient is nan; it began in the batch.*Lower lr"):
         finetune(start, Poisoned(), epochs=3, checkpoint=file)
     assert file.exists()
     assert all(torch.isfinite(parameter).all() for parameter in start.parameters())
@@ -272,7 +273,7 @@ class TestWhatTheCallerHolds:
         ours, open_loop = copy.deepcopy(start), copy.deepcopy(start)
         schedule = Schedule(epochs=2, seed=4)
         history = finetune(ours, train, schedule=schedule)
-        task = Task(open_loop, Feed.of(train, schedule.seed), None, schedule, STBP(), None)
+        task = Task("STBP", open_loop, Feed.of(train, schedule.seed), None, schedule, STBP(), None)
         assert run(task, Watch()) == list(history)
         assert same(ours, open_loop)
 
