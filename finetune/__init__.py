@@ -13,7 +13,7 @@ from .losses import TET, CrossEntropy, Distillation
 from .mixing import CutMix, Mixup
 from .precision import BFloat16, Float32
 from .schedule import EMA, EarlyStopping, Schedule
-from .strategies import SLTT, STBP, EverySlice, Hybrid, OncePerBatch, TimeSliced
+from .strategies import SLTT, STBP, WIDER, EverySlice, Hybrid, OncePerBatch, Progressive, TimeSliced
 from .trainer import fit
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "SLTT",
     "STBP",
     "TET",
+    "WIDER",
     "BFloat16",
     "Checkpoint",
     "CrossEntropy",
@@ -36,6 +37,7 @@ __all__ = [
     "Mixup",
     "OncePerBatch",
     "Progress",
+    "Progressive",
     "Schedule",
     "Stage",
     "TensorBoard",

@@ -15,6 +15,7 @@ from ..errors import ArgumentError
 from ..spiking import sites
 from .batches import EpochBatches, Feed, check_training_data
 from .checkpoint import Checkpoint
+from .fresh import with_statistics
 from .history import EpochResult, Stage
 from .hybrid import calibrated, over_frames, qcfs_network, taken_over
 from .log import Log, OnProgress
@@ -153,7 +154,9 @@ def finetune(
 
 def _check_strategy(strategy: object) -> None:
     if isinstance(strategy, type) or not hasattr(strategy, "slice_steps"):
-        raise refuse("finetune: strategy", strategy, "a strategy", "Pass STBP(), TimeSliced(2) or Hybrid().")
+        raise refuse(
+            "finetune: strategy", strategy, "a strategy", "Pass STBP(), TimeSliced(2), Progressive() or Hybrid()."
+        )
 
 
 def _check_no_timesteps(timesteps: int | None) -> None:
@@ -175,7 +178,8 @@ def _conversion(network: Any, timesteps: int | None, strategy: Strategy, call: _
             "made by lmh.convert.convert, or an ANN with timesteps=4, say. Convert it first, or name T."
         )
     check_timesteps(timesteps)
-    return convert(network, timesteps, data=call.samples(), neuron=strategy.neuron)
+    samples = call.samples()
+    return convert(with_statistics(network, samples), timesteps, data=samples, neuron=strategy.neuron)
 
 
 @dataclass(frozen=True)

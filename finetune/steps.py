@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
+from ..spiking import SpikingSite
 from ..time_axis import Readout, TimeAxis, Timed, call, carry_state
 from .batches import takes_events
 from .losses import combined
@@ -55,10 +56,21 @@ class Stepper:
         self.events = takes_events(model)
         self.device = next(model.parameters()).device
         self.steps = strategy.slice_steps(self.time.timesteps) if self.time else 0
+        self.strategy = strategy
         self.every_slice = isinstance(strategy.update, EverySlice)
+        self.neurons = [
+            (name, parameter)
+            for module in model.modules()
+            if isinstance(module, SpikingSite)
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
 
-    def __call__(self, work: Work) -> float:
+    def __call__(self, work: Work, progress: float = 0.0) -> float:
         """Train by one batch and return its loss.
+
+        Args:
+            work: the batch.
+            progress: share of the training that is done, 0 to 1.
 
         Raises:
             DivergedError: if loss or gradient is not finite.
@@ -74,6 +86,7 @@ class Stepper:
                 (loss if self.every_slice or slices == 1 else loss / slices).backward()
                 losses.append(loss.detach())
                 if index == slices - 1 or self.every_slice:
+                    self._freeze(self.strategy.frozen(progress))
                     self._update(losses)
         return sum(map(float, losses)) / slices
 
@@ -92,6 +105,12 @@ class Stepper:
             _check_classes(work.labels, outputs.shape[-1])
         outputs = widened(outputs)
         return combined(self.schedule.loss, self.schedule.distillation, outputs, work.labels, work.target)
+
+    def _freeze(self, beginnings: tuple[str, ...]) -> None:
+        """Drop the gradients of neuron parameters that do not learn yet; the optimiser then passes them over."""
+        for name, parameter in self.neurons:
+            if name.startswith(beginnings):
+                parameter.grad = None
 
     def _update(self, losses: list[Tensor]) -> None:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ..arguments import check_kind
 from ..errors import ArgumentError
-from ..spiking import IF, LMH
+from ..spiking import IF, LIF, LMH, PerStep, Ranges
 from .schedule import Schedule
 
 
@@ -47,9 +47,25 @@ class Strategy(Protocol):
         """Return how many steps the gradient goes through at once, a divisor of ``timesteps``."""
         ...
 
+    def frozen(self, progress: float) -> tuple[str, ...]:
+        """Return the beginnings of the names of site parameters that do not learn yet.
+
+        Args:
+            progress: share of the training that is done, 0 to 1.
+        """
+        ...
+
+
+class _AllLearn:
+    """Every parameter learns from the start."""
+
+    def frozen(self, progress: float) -> tuple[str, ...]:
+        """Return none."""
+        return ()
+
 
 @dataclass(frozen=True)
-class STBP:
+class STBP(_AllLearn):
     """Spatio-temporal backpropagation: one loss on the mean over all T steps, the gradient through all of them.
 
     Attributes:
@@ -69,7 +85,7 @@ class STBP:
 
 
 @dataclass(frozen=True)
-class TimeSliced:
+class TimeSliced(_AllLearn):
     """Online training in slices of k steps (Hao et al., ICLR 2024, Table 3).
 
     The potentials go on from slice to slice, the gradient does not: they are detached at the start of each. The loss of
@@ -111,7 +127,7 @@ class TimeSliced:
 
 
 @dataclass(frozen=True)
-class SLTT:
+class SLTT(_AllLearn):
     """Spatial learning through time (Meng et al., ICCV 2023): no gradient from step to step, one update a batch.
 
     This is ``TimeSliced(1, OncePerBatch())`` under its name, the baseline of the paper's Table 3.
@@ -132,13 +148,77 @@ class SLTT:
         return 1
 
 
+WIDER = Ranges(lambda_s=(0.0, 2.0), lambda_d=(0.0, 2.0), mu_s=(-1.0, 1.0), mu_d=(-1.0, 1.0))
+"""Intervals twice as wide as the paper's for λ_D and μ."""
+
+
+def _lif_start() -> LMH:
+    return LMH(LIF())
+
+
+@dataclass(frozen=True)
+class Progressive:
+    """Progressive STBP: neurons start as LIF, and their membrane parameters are freed while the network trains.
+
+    The start and the order, from LIF to LM-H, are the paper's (Hao et al., ICLR 2024, Figure 3); when λ and μ are freed
+    is ours. θ and v_init learn from the start. Training from scratch is the same call with an untrained ANN.
+
+    Attributes:
+        neuron: what an ANN is converted to; ``LMH(LIF(leak))`` chooses another leak, ``LMH(LIF(), PerChannel())``
+            another granularity. A network that spikes already keeps its own.
+        lambda_from: share of the training after which λ_S and λ_D learn, 0 to 1.
+        mu_from: the same for μ_S and μ_D.
+    """
+
+    neuron: LMH = field(default_factory=_lif_start)
+    lambda_from: float = 0.1
+    mu_from: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_kind("Progressive: neuron", self.neuron, LMH, "LMH(LIF(0.5))")
+        for name in ("lambda_from", "mu_from"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ArgumentError(f"Progressive: {name} is {getattr(self, name)}; expected a share from 0 to 1.")
+
+    @classmethod
+    def wider(cls, leak: float = 0.5) -> Progressive:
+        """Return the strategy with the wider ranges :data:`WIDER`.
+
+        The paper's "radical version" is defined in no public text; this and :meth:`per_step` are readings of it.
+        """
+        return cls(LMH(LIF(leak), ranges=WIDER))
+
+    @classmethod
+    def per_step(cls, leak: float = 0.5) -> Progressive:
+        """Return the strategy with λ, μ and θ of their own for every step."""
+        return cls(LMH(LIF(leak), PerStep()))
+
+    @property
+    def update(self) -> Update:
+        """There is one slice, so both mean the same."""
+        return OncePerBatch()
+
+    def slice_steps(self, timesteps: int) -> int:
+        """Return T."""
+        return timesteps
+
+    def frozen(self, progress: float) -> tuple[str, ...]:
+        """Return λ and μ, as long as they are frozen.
+
+        >>> Progressive().frozen(0.0), Progressive().frozen(0.2), Progressive().frozen(0.5)
+        (('raw_lambda', 'raw_mu'), ('raw_mu',), ())
+        """
+        waiting = {"raw_lambda": self.lambda_from, "raw_mu": self.mu_from}
+        return tuple(name for name, start in waiting.items() if progress < start)
+
+
 def default_qcfs() -> Schedule:
     """The QCFS stage unless another is given: small steps, as the network is trained already."""
     return Schedule(epochs=10, lr=0.01, warmup_steps=100)
 
 
 @dataclass(frozen=True)
-class Hybrid:
+class Hybrid(_AllLearn):
     """Hybrid training: a short QCFS stage of the ANN with L = T, then STBP from an IF start.
 
     The paper converts a QCFS network and trains it by STBP (Hao et al., ICLR 2024, Table 2). Here any ReLU network gets

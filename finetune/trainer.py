@@ -211,7 +211,7 @@ def _epoch(task: Task, training: Training, stepper: Stepper, reporter: Reporter,
         set_rate(training.optimizer, schedule.rate(step, reporter.batches))
         work = _work(task, x, y, seed_of(schedule.seed, "mixing", step))
         try:
-            loss = stepper(work)
+            loss = stepper(work, step / (schedule.epochs * reporter.batches))
         except DivergedError as error:
             where = origin(model, work.x, work.target)
             raise _diverged(epoch, training.batch + 1, f"{error}; it began in {where}") from error
