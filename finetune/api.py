@@ -178,7 +178,7 @@ def _conversion(network: Any, timesteps: int | None, strategy: Strategy, call: _
             "made by lmh.convert.convert, or an ANN with timesteps=4, say. Convert it first, or name T."
         )
     check_timesteps(timesteps)
-    samples = call.samples()
+    samples = call.samples(network)
     return convert(with_statistics(network, samples), timesteps, data=samples, neuron=strategy.neuron)
 
 
@@ -192,9 +192,9 @@ class _Call:
     teacher: nn.Module | None
     watch: Watch
 
-    def samples(self) -> list[Any]:
+    def samples(self, model: nn.Module) -> list[Any]:
         """Return the batches that thresholds are found on."""
-        return Feed.of(self.train, self.schedule.seed).first(CALIBRATION_SAMPLES)
+        return Feed.of(self.train, self.schedule.seed).first(CALIBRATION_SAMPLES, model)
 
     def stbp(self, snn: nn.Module, strategy: Strategy) -> Stage:
         """Train the spiking network."""
@@ -204,7 +204,7 @@ class _Call:
     def qcfs(self, conversion: Conversion, strategy: Hybrid) -> tuple[Stage, Conversion]:
         """Train the ANN with QCFS activations, and return it with the spiking network that takes it over."""
         recipe = conversion.recipe
-        calibration = calibrated(conversion.prepared, recipe, self.samples())
+        calibration = calibrated(conversion.prepared, recipe, self.samples(conversion.prepared.model))
         network = qcfs_network(conversion.prepared, calibration, recipe.timesteps)
         trained = over_frames(network, recipe)
         checkpoint = self.watch.checkpoint

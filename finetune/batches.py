@@ -14,6 +14,8 @@ from ..errors import TrainingError
 from ..time_axis import FoldEvents
 from .randomness import drawn, seed_of
 
+Inputs = tuple[Tensor, ...]
+
 
 @runtime_checkable
 class EpochBatches(Protocol):
@@ -86,14 +88,19 @@ class Feed:
             )
         return count
 
-    def first(self, samples: int) -> list[Any]:
-        """Return the first batches of epoch 0, until they hold that many samples or there are no more."""
+    def first(self, samples: int, model: nn.Module) -> list[Any]:
+        """Return the first batches of epoch 0, until they hold that many samples or there are no more.
+
+        Args:
+            samples: how many, at least.
+            model: the network that they are for.
+        """
         found: list[Any] = []
         have = 0
         for batch in self.epoch(0):
-            x, _ = split_batch("finetune: train", batch)
+            inputs, _ = parts("finetune: train", batch, model)
             found.append(batch)
-            have += len(x)
+            have += len(inputs[0])
             if have >= samples:
                 break
         return found
@@ -122,22 +129,32 @@ def takes_events(model: nn.Module) -> bool:
     return any(isinstance(module, (FoldEvents, MeanOverFrames)) for module in model.modules())
 
 
-def samples(model: nn.Module, x: Tensor) -> int:
-    """Return N of an input [N, *F], or [T, N, *F] where the network takes event frames."""
-    return x.shape[1] if takes_events(model) else len(x)
+def samples(model: nn.Module, inputs: Inputs) -> int:
+    """Return N of inputs [N, *F], or [T, N, *F] where the network takes event frames."""
+    return inputs[0].shape[1 if takes_events(model) else 0]
 
 
-def split(where: str, batch: Any, model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return x and the labels of a batch, checked, in the network's dtype and on its device.
+def parts(where: str, batch: Any, model: nn.Module) -> tuple[Inputs, Any]:
+    """Return what a batch holds for a network: its inputs, and the labels as they came, or None.
+
+    Raises:
+        ArgumentError: for a batch of another form.
+    """
+    x, y = split_batch(where, batch)
+    return (x,), y
+
+
+def split(where: str, batch: Any, model: nn.Module) -> tuple[Inputs, Tensor | None]:
+    """Return the inputs and the labels of a batch, checked, in the network's dtype and on its device.
 
     Raises:
         ArgumentError: for a batch of another form.
     """
     like = next(model.parameters())
-    x, y = split_batch(where, batch)
+    inputs, y = parts(where, batch, model)
     if y is not None:
-        y = check_labels(where, y, samples(model, x)).to(like.device)
-    return x.to(like), y
+        y = check_labels(where, y, samples(model, inputs)).to(like.device)
+    return tuple(x.to(like) for x in inputs), y
 
 
 class MeanOverFrames(nn.Module):
@@ -151,6 +168,6 @@ class MeanOverFrames(nn.Module):
         super().__init__()
         self.ann = ann
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *frames: Tensor) -> Tensor:
         """Return [N, C] from frames [T, N, *F]."""
-        return self.ann(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(0)
+        return self.ann(*(x.flatten(0, 1) for x in frames)).unflatten(0, frames[0].shape[:2]).mean(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,22 +25,22 @@ SYMBOLS = {
 }
 
 
-def origin(model: nn.Module, x: Tensor, target: Tensor | None) -> str:
+def origin(model: nn.Module, inputs: Sequence[Tensor], target: Tensor | None) -> str:
     """Say where a loss or gradient stopped being finite, after its backward pass.
 
     Args:
         model: with its gradients; its buffers stay as they are.
-        x: the batch.
+        inputs: of the batch.
         target: the teacher's outputs, or None.
     """
-    if not _finite(x):
+    if not all(map(_finite, inputs)):
         return "the batch, which holds NaN or infinite values"
     broken = [name for name, parameter in model.named_parameters() if not _finite(parameter)]
     if broken:
         return f"the network's own {named(model, broken[0])}"
     if target is not None and not _finite(target):
         return "the teacher's outputs"
-    layer = _first_layer(model, x)
+    layer = _first_layer(model, inputs)
     if layer is not None:
         return f"the output of {layer}"
     gradients = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
@@ -69,7 +69,7 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
-def _first_layer(model: nn.Module, x: Tensor) -> str | None:
+def _first_layer(model: nn.Module, inputs: Sequence[Tensor]) -> str | None:
     """Run the batch once more and return the first layer whose output is not finite."""
     found: list[str] = []
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -86,7 +86,7 @@ def _first_layer(model: nn.Module, x: Tensor) -> str | None:
             if not any(module.children()):
                 stack.callback(watch(path, module).remove)
         with torch.no_grad():
-            model(x)
+            model(*inputs)
             for name, buffer in model.named_buffers():
                 buffer.copy_(before[name])
     return found[0] if found else None

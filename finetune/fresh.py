@@ -33,7 +33,7 @@ def with_statistics(ann: nn.Module, batches: Sequence[Any]) -> nn.Module:
         layer.train()
     with torch.no_grad():
         for batch in batches:
-            network(split("finetune: train", batch, network)[0])
+            network(*split("finetune: train", batch, network)[0])
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     return network.eval()

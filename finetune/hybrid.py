@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..arguments import split_batch
 from ..calibrate import FROM_QCFS, MinError, calibrate
 from ..convert import Conversion, EventFrames, Recipe, assemble
 from ..qcfs import QCFS
 from ..records import Calibration, Prepared
-from .batches import MeanOverFrames
+from .batches import MeanOverFrames, parts
 
 
 def calibrated(prepared: Prepared, recipe: Recipe, data: Iterable[Any]) -> Calibration:
@@ -26,10 +25,9 @@ def calibrated(prepared: Prepared, recipe: Recipe, data: Iterable[Any]) -> Calib
         recipe: says T and whether the data is event frames.
         data: batches, normalised as the ANN expects.
     """
-    batches = (split_batch("finetune: train", batch)[0] for batch in data)
     if isinstance(recipe.encoding, EventFrames):
-        batches = (x.flatten(0, 1) for x in batches)
-    return calibrate(prepared, MinError(), recipe.timesteps, batches)
+        data = [tuple(x.flatten(0, 1) for x in parts("finetune: train", batch, prepared.model)[0]) for batch in data]
+    return calibrate(prepared, MinError(), recipe.timesteps, data)
 
 
 def qcfs_network(prepared: Prepared, calibration: Calibration, timesteps: int) -> fx.GraphModule:

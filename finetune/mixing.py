@@ -116,21 +116,26 @@ class MixedLabels:
 
 
 def mixed(
-    x: Tensor, labels: Tensor | None, ways: tuple[Mix, ...], seed: int, batch_axis: int
-) -> tuple[Tensor, Tensor | MixedLabels | None]:
+    inputs: tuple[Tensor, ...], labels: Tensor | None, ways: tuple[Mix, ...], seed: int, batch_axis: int
+) -> tuple[tuple[Tensor, ...], Tensor | MixedLabels | None]:
     """Mix a batch by one of the ways, drawn from the seed, each sample with another one of the batch.
 
     Args:
-        x: [N, *F], or [T, N, *F] with ``batch_axis`` 1.
+        inputs: each [N, *F], or [T, N, *F] with ``batch_axis`` 1; all are mixed alike.
         labels: [N], or None where a teacher says what the mixed images show.
         ways: what to choose from; none leaves the batch as it is.
         seed: decides way, partners and share.
         batch_axis: where N is.
     """
     if not ways:
-        return x, labels
+        return inputs, labels
     generator = torch.Generator().manual_seed(seed)
     way = ways[int(torch.randint(len(ways), (), generator=generator))]
-    order = torch.randperm(x.shape[batch_axis], generator=generator).to(x.device)
-    x, share = way(x, x.index_select(batch_axis, order), generator)
-    return x, None if labels is None else MixedLabels(labels, labels[order], share)
+    order = torch.randperm(inputs[0].shape[batch_axis], generator=generator).to(inputs[0].device)
+    state = generator.get_state()
+    found = []
+    for x in inputs:
+        generator.set_state(state)
+        found.append(way(x, x.index_select(batch_axis, order), generator))
+    share = found[0][1]
+    return tuple(x for x, _ in found), None if labels is None else MixedLabels(labels, labels[order], share)

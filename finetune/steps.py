@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import TrainingError
 from ..spiking import SpikingSite
 from ..time_axis import Readout, TimeAxis, Timed, call, carry_state
-from .batches import takes_events
+from .batches import Inputs, takes_events
 from .losses import combined
 from .mixing import MixedLabels
 from .precision import stored_input, widened
@@ -24,12 +24,12 @@ class Work:
     """A batch as training sees it.
 
     Attributes:
-        x: [N, *F], or [T, N, *F] for event frames.
+        inputs: each [N, *F], or [T, N, *F] for event frames.
         labels: [N], mixed ones, or None.
         target: the teacher's outputs, [N, C], or None.
     """
 
-    x: Tensor
+    inputs: Inputs
     labels: Tensor | MixedLabels | None
     target: Tensor | None
 
@@ -92,15 +92,15 @@ class Stepper:
 
     def _loss(self, work: Work, index: int) -> Tensor:
         per_step = self.schedule.loss.per_step
-        x = stored_input(work.x, self.schedule.precision)
+        inputs = tuple(stored_input(x, self.schedule.precision) for x in work.inputs)
         with self.schedule.precision.autocast(self.device):
             if self.time is None:
-                outputs = self.model(x)
+                outputs = self.model(*inputs)
             else:
                 if self.events and self.steps < self.time.timesteps:
-                    x = x[index * self.steps : (index + 1) * self.steps]
+                    inputs = tuple(x[index * self.steps : (index + 1) * self.steps] for x in inputs)
                 with call(self.time, Readout.PER_STEP if per_step else Readout.MEAN, self.steps):
-                    outputs = self.model(x)
+                    outputs = self.model(*inputs)
         if index == 0:
             _check_classes(work.labels, outputs.shape[-1])
         outputs = widened(outputs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..arguments import check_kind, check_network
 from ..errors import ArgumentError, TrainingError
 from ..records import plain_value
-from .batches import EpochBatches, Feed, MeanOverFrames, check_training_data, samples, split, takes_events
+from .batches import EpochBatches, Feed, Inputs, MeanOverFrames, check_training_data, samples, split, takes_events
 from .checkpoint import Checkpoint, Keeper, Training, start_of
 from .diagnosis import broken_tensor, origin
 from .history import EpochResult, neuron_values
@@ -207,17 +207,17 @@ def _epoch(task: Task, training: Training, stepper: Stepper, reporter: Reporter,
     reporter.pace.begin()
     for batch in task.feed.epoch(epoch, training.batch):
         step = epoch * reporter.batches + training.batch
-        x, y = split("finetune: train", batch, model)
+        inputs, y = split("finetune: train", batch, model)
         set_rate(training.optimizer, schedule.rate(step, reporter.batches))
-        work = _work(task, x, y, seed_of(schedule.seed, "mixing", step))
+        work = _work(task, inputs, y, seed_of(schedule.seed, "mixing", step))
         try:
             loss = stepper(work, step / (schedule.epochs * reporter.batches))
         except DivergedError as error:
-            where = origin(model, work.x, work.target)
+            where = origin(model, work.inputs, work.target)
             raise _diverged(epoch, training.batch + 1, f"{error}; it began in {where}") from error
         if training.average is not None:
             training.average.update(model, step)
-        count = samples(model, x)
+        count = samples(model, inputs)
         training.loss, training.seen = training.loss + loss * count, training.seen + count
         training.batch += 1
         reporter.batch(training, loss, count)
@@ -244,15 +244,16 @@ def _diverged(epoch: int, batch: int, what: str) -> TrainingError:
     )
 
 
-def _work(task: Task, x: Tensor, y: Tensor | None, seed: int) -> Work:
+def _work(task: Task, inputs: Inputs, y: Tensor | None, seed: int) -> Work:
     """Mix a batch and show it to the teacher."""
     events = takes_events(task.model)
-    x, labels = mixed(x, y, task.schedule.mixing, seed, batch_axis=1 if events else 0)
+    inputs, labels = mixed(inputs, y, task.schedule.mixing, seed, batch_axis=1 if events else 0)
     if task.teacher is None or task.schedule.distillation is None:
-        return Work(x, labels, None)
+        return Work(inputs, labels, None)
     teacher = task.teacher if not events or takes_events(task.teacher) else MeanOverFrames(task.teacher)
-    with torch.no_grad(), task.schedule.precision.autocast(x.device):
-        return Work(x, labels, widened(teacher(stored_input(x, task.schedule.precision))))
+    precision = task.schedule.precision
+    with torch.no_grad(), precision.autocast(inputs[0].device):
+        return Work(inputs, labels, widened(teacher(*(stored_input(x, precision) for x in inputs))))
 
 
 def _end_epoch(task: Task, training: Training) -> None:
@@ -291,10 +292,10 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     correct = count = 0
     with torch.no_grad():
         for batch in batches:
-            x, y = split("finetune: val", batch, model)
+            inputs, y = split("finetune: val", batch, model)
             if y is None:
                 raise TrainingError("validation batches have no labels; expected (x, y). Pass val=None.")
-            correct += int((model(x).argmax(1) == y).sum())
+            correct += int((model(*inputs).argmax(1) == y).sum())
             count += len(y)
     if count == 0:
         raise TrainingError("the validation data gave no batch; expected at least one sample. Pass val=None.")

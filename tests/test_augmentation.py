@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lmh import zoo
 from lmh.errors import ArgumentError
-from lmh.zoo import AutoAugment, Batches, CropFlip, Cutout, DataSet, InTurn, Policy
+from lmh.zoo import AutoAugment, Batches, CropFlip, Cutout, DataSet, ForSVHN, InTurn
 from lmh.zoo.augmentation import Augmentation, chosen_rows
 
 PAPER = InTurn((CropFlip(4), AutoAugment(), Cutout(16)))
-ALL = [CropFlip(2), CropFlip(0), CropFlip(1, flip=False), Cutout(8), AutoAugment(Policy.SVHN), PAPER]
+ALL = [CropFlip(2), CropFlip(0), CropFlip(1, flip=False), Cutout(8), AutoAugment(ForSVHN()), PAPER]
 
 
 def images() -> Tensor:
@@ -64,7 +64,7 @@ def test_a_size_that_is_none_is_refused(size: Any) -> None:
 
 
 def test_a_policy_by_name_is_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"policy is 'cifar10'; expected one of Policy\.CIFAR10"):
+    with pytest.raises(ArgumentError, match=r"policy is the string 'cifar10'.*Pass ForCIFAR10\(\) or ForImageNet\(\)"):
         AutoAugment("cifar10")  # type: ignore[arg-type]
 
 

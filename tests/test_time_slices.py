@@ -63,11 +63,11 @@ def gradients(snn: nn.Module, strategy: Strategy, work: Work, **settings: Any) -
 
 def work(net: nn.Module) -> Work:
     x = torch.rand(6, 4) if isinstance(net, nn.Sequential) and isinstance(net[0], nn.Linear) else torch.rand(6, 2, 8, 8)
-    return Work(x.double(), torch.tensor([0, 1, 2, 0, 1, 2]), None)
+    return Work((x.double(),), torch.tensor([0, 1, 2, 0, 1, 2]), None)
 
 
 def spiking(net: nn.Module, **options: Any) -> nn.Module:
-    data = work(net).x.float()
+    data = work(net).inputs[0].float()
     snn = convert(net, T, data=data, **options).snn.double()
     for site in sites(snn).values():
         for name in COEFFICIENTS:
@@ -98,7 +98,7 @@ def test_slices_of_all_steps_give_the_gradients_of_stbp(
         [plain] = gradients(copy.deepcopy(snn), STBP(), batch, loss=loss)
         assert close(ours, plain)
     torch.manual_seed(2)
-    outputs = per_step(outside, batch.x)
+    outputs = per_step(outside, *batch.inputs)
     assert batch.labels is not None
     loss(outputs if loss.per_step else outputs.mean(0), batch.labels).backward()  # type: ignore[arg-type]
     assert close(plain, {n: p.grad for n, p in outside.named_parameters() if p.grad is not None})
@@ -112,7 +112,7 @@ def by_hand(snn: nn.Module, batch: Work, k: int) -> list[dict[str, Tensor]]:
     state = State(torch.zeros(0), torch.zeros(0))
     for start in range(0, T, k):
         snn.zero_grad()
-        current = first(batch.x)
+        current = first(*batch.inputs)
         values = Coefficients(site.v_threshold, *(site.coefficient(n) for n in COEFFICIENTS))
         if start == 0:
             v_start = (site.v_init * site.v_threshold).expand(6, 8)
@@ -211,9 +211,9 @@ def test_batch_norm_takes_in_every_slice() -> None:
 def test_event_frames_are_cut_into_slices() -> None:
     frames, labels = torch.rand(T, 6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
     snn = convert(nets.two_layers(), T, data=frames, encoding=EventFrames(), calibration=Max()).snn.double()
-    batch = Work(frames.double(), labels, None)
+    batch = Work((frames.double(),), labels, None)
     slices = gradients(copy.deepcopy(snn), TimeSliced(2), batch)
-    swapped = gradients(snn, TimeSliced(2), Work(frames[[0, 1, 3, 2]].double(), labels, None))
+    swapped = gradients(snn, TimeSliced(2), Work((frames[[0, 1, 3, 2]].double(),), labels, None))
     assert close(slices[0], swapped[0])
     assert not close(slices[1], swapped[1], 1e-6)
 

@@ -198,7 +198,7 @@ LAST = torch.channels_last
 class TestMixing:
     def test_mixup_is_its_formula(self) -> None:
         x, labels = torch.rand(8, 3, 4, 4), torch.arange(8)
-        out, soft = mixed(x, labels, (Mixup(),), 5, 0)
+        (out,), soft = mixed((x,), labels, (Mixup(),), 5, 0)
         assert isinstance(soft, MixedLabels)
         assert torch.equal(soft.first, labels)
         assert torch.allclose(out, soft.share * x + (1 - soft.share) * x[soft.second])
@@ -206,7 +206,7 @@ class TestMixing:
     def test_cutmix_has_every_pixel_from_one_of_both_and_counts_them(self) -> None:
         x, labels = torch.rand(8, 3, 8, 8), torch.arange(8)
         for seed in range(20):
-            out, soft = mixed(x, labels, (CutMix(),), seed, 0)
+            (out,), soft = mixed((x,), labels, (CutMix(),), seed, 0)
             assert isinstance(soft, MixedLabels)
             own = (out == x).all(1)
             partner = (out == x[soft.second]).all(1)
@@ -218,7 +218,7 @@ class TestMixing:
         def shares(alpha: float) -> Tensor:
             found = []
             for seed in range(400):
-                _, soft = mixed(torch.zeros(2, 3), torch.arange(2), (Mixup(alpha),), seed, 0)
+                _, soft = mixed((torch.zeros(2, 3),), torch.arange(2), (Mixup(alpha),), seed, 0)
                 assert isinstance(soft, MixedLabels)
                 found.append(soft.share)
             return torch.tensor(found)
@@ -228,9 +228,16 @@ class TestMixing:
         assert float(even.var()) == pytest.approx(1 / 12, abs=0.01)
         assert float(edged.var()) == pytest.approx(0.25 / 1.2, abs=0.02)
 
+    @pytest.mark.parametrize("way", [Mixup(), CutMix()])
+    def test_several_inputs_are_mixed_alike(self, way: Mixup | CutMix) -> None:
+        x = torch.rand(8, 3, 8, 8)
+        (a, b), _ = mixed((x, 2 * x), torch.arange(8), (way,), 3, 0)
+        assert torch.allclose(b, 2 * a)
+        assert not torch.equal(a, x)
+
     def test_event_frames_are_mixed_along_their_batch(self) -> None:
         x = torch.rand(3, 8, 2, 4, 4)
-        out, soft = mixed(x, torch.arange(8), (Mixup(),), 1, 1)
+        (out,), soft = mixed((x,), torch.arange(8), (Mixup(),), 1, 1)
         assert isinstance(soft, MixedLabels)
         assert torch.allclose(out, soft.share * x + (1 - soft.share) * x[:, soft.second])
 
@@ -265,7 +272,7 @@ class TestMixing:
 
     def test_both_ways_are_drawn(self) -> None:
         x = torch.rand(4, 1, 8, 8)
-        ways = {bool((mixed(x, None, (Mixup(), CutMix()), seed, 0)[0] == x).any()) for seed in range(20)}
+        ways = {bool((mixed((x,), None, (Mixup(), CutMix()), seed, 0)[0][0] == x).any()) for seed in range(20)}
         assert ways == {True, False}
 
     def test_cutmix_of_what_is_no_image_is_refused(self) -> None:
@@ -376,7 +383,7 @@ class TestWhereItBegan:
         x = torch.rand(4, 2, 8, 8)
         network.train()
         network[10].bias.data.zero_()  # type: ignore[operator, union-attr]
-        assert origin(network, x, None) == "the loss itself"
+        assert origin(network, [x], None) == "the loss itself"
         assert all(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
 
 

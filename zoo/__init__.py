@@ -1,6 +1,6 @@
 """The zoo: architectures, data sets and trained weights."""
 
-from .augmentation import AutoAugment, Cutout, InTurn, Policy
+from .augmentation import AutoAugment, Cutout, ForCIFAR10, ForImageNet, ForSVHN, InTurn
 from .data import DataSet, load_data
 from .images import Batches, CropFlip, Preprocessing, seeded_order
 from .registry import Card, card, list_architectures, list_models, load, record, snn_path
@@ -12,8 +12,10 @@ __all__ = [
     "CropFlip",
     "Cutout",
     "DataSet",
+    "ForCIFAR10",
+    "ForImageNet",
+    "ForSVHN",
     "InTurn",
-    "Policy",
     "Preprocessing",
     "card",
     "list_architectures",

@@ -6,14 +6,14 @@ and touches none of those images.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import check_kind
 from ..errors import ArgumentError
 from ..torchvision_shim import torchvision
 
@@ -97,12 +97,28 @@ class Cutout:
         return images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
 
 
-class Policy(Enum):
-    """The data sets that AutoAugment's policies were found on; the values are torchvision's names."""
+@dataclass(frozen=True)
+class ForCIFAR10:
+    """The policy that AutoAugment found on CIFAR-10; ``name`` is torchvision's."""
 
-    CIFAR10 = "cifar10"
-    IMAGENET = "imagenet"
-    SVHN = "svhn"
+    name: ClassVar[str] = "cifar10"
+
+
+@dataclass(frozen=True)
+class ForImageNet:
+    """The policy that AutoAugment found on ImageNet."""
+
+    name: ClassVar[str] = "imagenet"
+
+
+@dataclass(frozen=True)
+class ForSVHN:
+    """The policy that AutoAugment found on SVHN."""
+
+    name: ClassVar[str] = "svhn"
+
+
+Policy = ForCIFAR10 | ForImageNet | ForSVHN
 
 
 @dataclass(frozen=True)
@@ -110,16 +126,14 @@ class AutoAugment:
     """AutoAugment (Cubuk et al., CVPR 2019), one image at a time through torchvision.transforms.v2.
 
     Attributes:
-        policy: ``Policy.CIFAR10``, ``Policy.IMAGENET`` or ``Policy.SVHN``.
+        policy: ``ForCIFAR10()``, ``ForImageNet()`` or ``ForSVHN()``.
     """
 
-    policy: Policy = Policy.CIFAR10
+    policy: Policy = field(default_factory=ForCIFAR10)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.policy, Policy):
-            raise ArgumentError(
-                f"AutoAugment: policy is {self.policy!r}; expected one of {', '.join(map(str, Policy))}."
-            )
+        kinds = (ForCIFAR10, ForImageNet, ForSVHN)
+        check_kind("AutoAugment: policy", self.policy, kinds, "ForCIFAR10()", "ForImageNet()")
 
     def draw(self, count: int, generator: torch.Generator) -> Drawn:
         """Return a seed for each image."""
@@ -129,7 +143,7 @@ class AutoAugment:
         """Run torchvision's transform under each image's seed."""
         [seeds] = _tensors(drawn)
         transforms = torchvision().transforms
-        transform = transforms.v2.AutoAugment(transforms.AutoAugmentPolicy(self.policy.value))
+        transform = transforms.v2.AutoAugment(transforms.AutoAugmentPolicy(self.policy.name))
         found = []
         with torch.random.fork_rng([]):
             for image, seed in zip(images, seeds.tolist(), strict=True):
