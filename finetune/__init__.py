@@ -6,6 +6,7 @@ tuned = finetune(ann, train, val, timesteps=4, strategy=Hybrid())    a QCFS stag
 """
 
 from .api import Finetuned, finetune
+from .batch_norm import FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
 from .checkpoint import Checkpoint
 from .history import EpochResult, Stage
 from .log import JSONLines, Progress, TensorBoard
@@ -32,14 +33,17 @@ __all__ = [
     "EverySlice",
     "Finetuned",
     "Float32",
+    "FrozenBatchNorm",
     "Hybrid",
     "JSONLines",
+    "LiveBatchNorm",
     "Mixup",
     "OncePerBatch",
     "Progress",
     "Progressive",
     "Schedule",
     "Stage",
+    "SyncedBatchNorm",
     "TensorBoard",
     "TimeSliced",
     "finetune",

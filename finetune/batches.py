@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..arguments import check_batches, check_labels, refuse, split_batch
 from ..errors import TrainingError
 from ..time_axis import FoldEvents
+from .distributed import ALONE, Group, Shardable
 from .randomness import drawn, seed_of
 
 Inputs = tuple[Tensor, ...]
@@ -53,22 +54,35 @@ class Feed:
     Attributes:
         source: the batches.
         seed: of loaders that draw from the global random state.
+        group: whose processes share each batch.
+        axis: of the inputs, where N is.
     """
 
     source: EpochBatches
     seed: int
+    group: Group = ALONE
+    axis: int = 0
 
     @classmethod
-    def of(cls, train: EpochBatches | Iterable[Any], seed: int) -> Feed:
+    def of(cls, train: EpochBatches | Iterable[Any], seed: int, group: Group | None = None, axis: int = 0) -> Feed:
         """Return the feed of anything that gives batches."""
-        return cls(train if isinstance(train, EpochBatches) else Repeated(train), seed)
+        return cls(train if isinstance(train, EpochBatches) else Repeated(train), seed, group or ALONE, axis)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """Yield the batches of an epoch, from one of them on."""
+        """Yield this process's share of the batches of an epoch, from one of them on."""
         batches, seed = self.source.at_epoch(epoch), seed_of(self.seed, "data", epoch)
         if start and isinstance(batches, Skippable):
-            return drawn(batches.from_batch(start), seed)
-        return islice(drawn(batches, seed), start, None)
+            batches, start = batches.from_batch(start), 0
+        if self.group.world == 1 or isinstance(batches, Shardable):
+            return islice(drawn(self.group.share(batches), seed), start, None)
+        return islice(self._rows(drawn(batches, seed)), start, None)
+
+    def _rows(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Cut this process's rows out of whole batches; one with fewer rows than processes is left out everywhere."""
+        for batch in batches:
+            inputs, _ = split_batch("finetune: train", batch)
+            if inputs.shape[self.axis] >= self.group.world:
+                yield self.group.rows(batch, self.axis)
 
     def count(self) -> int:
         """Return the number of batches of an epoch.
@@ -76,7 +90,7 @@ class Feed:
         Raises:
             TrainingError: if there is none.
         """
-        batches = self.source.at_epoch(0)
+        batches = self.group.share(self.source.at_epoch(0))
         try:
             count = len(batches) if isinstance(batches, Sized) else sum(1 for _ in self.epoch(0))
         except TypeError:  # a DataLoader over an IterableDataset has a __len__ that fails

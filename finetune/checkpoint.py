@@ -16,6 +16,7 @@ from ..artifact import read_tensors, user_path, write_tensors
 from ..errors import ArgumentError, ArtifactError, TrainingError
 from ..records import plain_value
 from .batches import Feed
+from .distributed import Group
 from .history import EpochResult
 from .optimiser import Average, momenta, plain_names, set_momenta
 
@@ -123,10 +124,11 @@ class Keeper:
     Args:
         checkpoint: where and how often.
         facts: what decides the run: settings and :func:`start_of`.
+        group: whose rank 0 reads and writes.
     """
 
-    def __init__(self, checkpoint: Checkpoint, facts: Mapping[str, Any]) -> None:
-        self.checkpoint, self.facts = checkpoint, dict(facts)
+    def __init__(self, checkpoint: Checkpoint, facts: Mapping[str, Any], group: Group) -> None:
+        self.checkpoint, self.facts, self.group = checkpoint, dict(facts), group
         self.path = user_path(checkpoint.file)
         self.written = time.monotonic()
 
@@ -136,8 +138,15 @@ class Keeper:
         Raises:
             TrainingError: if it cannot be read, or is of another run.
         """
+        found = self.group.told(self._read() if self.group.leads else None)
+        if found is not None:
+            tensors, metadata = found
+            history = [EpochResult.from_json(entry) for entry in metadata["history"]]
+            training.restore(tensors, metadata["position"], history)
+
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if not self.path.exists():
-            return
+            return None
         try:
             tensors, metadata = read_tensors(self.path)
         except ArtifactError as error:
@@ -148,11 +157,12 @@ class Keeper:
                 f"{self.path}: a checkpoint of a run with other settings, data or starting weights (its "
                 f"{' and '.join(other)} differs); expected the same. Delete it to start anew."
             )
-        history = [EpochResult.from_json(entry) for entry in metadata["history"]]
-        training.restore(tensors, metadata["position"], history)
+        return tensors, metadata
 
     def due(self, step: int) -> bool:
         """Whether steps or minutes ask for a file after so many batches."""
+        if not self.group.leads:
+            return False
         steps, minutes = self.checkpoint.steps, self.checkpoint.minutes
         by_steps = steps is not None and step % steps == 0
         return by_steps or (minutes is not None and time.monotonic() - self.written >= 60 * minutes)
@@ -163,6 +173,8 @@ class Keeper:
         Raises:
             ArtifactError: if it cannot be written.
         """
+        if not self.group.leads:
+            return
         facts = {**self.facts, "position": training.position(), "history": _plain(training.history)}
         write_tensors(self.path, training.tensors(), facts)
         self.written = time.monotonic()

@@ -29,6 +29,7 @@ from ..time_axis import MAX_TIMESTEPS
 from .checkpoint import Checkpoint
 from .cli_recipe import Wishes, recipe_options
 from .cli_training import Training, measured
+from .distributed import Group, joined
 from .fresh import with_statistics
 from .log import JSONLines, Log, TensorBoard
 from .recipe import TrainingRecipe, write_recipe
@@ -150,7 +151,8 @@ def finetune_command(
 ) -> None:
     """Fine-tune NETWORK: a spiking network from lmh-convert, or an ANN, which is converted first.
 
-    A run that is cut goes on when the same command is given again.
+    A run that is cut goes on when the same command is given again. Several processes share the work under torchrun:
+    torchrun --nproc-per-node 2 -m lmh finetune … --batch-size 128 has 64 images on each.
 
     \b
     lmh finetune digits-cnn-snn-T4.safetensors --data digits --epochs 5
@@ -174,8 +176,13 @@ def finetune_command(
         output=output or _default_output(network, timesteps),
         **options,
     )
-    terminal = Terminal(results=not as_json)
-    result = run_job(job, wishes, terminal)
+    with joined(job.device) as own:
+        leads = Group.current().leads
+        terminal = Terminal(results=leads and not as_json)
+        terminal.log.quiet = not leads
+        result = run_job(replace(job, device=own), wishes, terminal)
+    if not leads:
+        return
     if as_json:
         click.echo(json.dumps(result))
     else:
@@ -230,7 +237,8 @@ def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
         output=str(job.output),
         notices=start.notices,
     )
-    _save(job, start, training, tuned, result)
+    if Group.current().leads:
+        _save(job, start, training, tuned, result)
     return result
 
 
@@ -321,4 +329,4 @@ def _inputs(job: Job, source: Source, timesteps: int) -> Inputs:
         raise click.UsageError(str(error)) from error
     if inputs.train is None or getattr(inputs.train.split, "labels", None) is None:
         raise DataError(f"{job.data}: no labelled training samples; expected some to fine-tune on.")
-    return inputs
+    return inputs if Group.current().leads else replace(inputs, test=None)  # one process measures

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from ..spiking import LIF, LMH, PerChannel, PerStep
 from ..zoo.augmentation import Augmentation, AutoAugment, Cutout, InTurn
 from ..zoo.images import Batches
+from .batch_norm import FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
 from .cli_training import gentle, qcfs_epochs
 from .losses import TET, CrossEntropy, Distillation
 from .mixing import CutMix, Mixup
@@ -23,6 +24,7 @@ _RATE = click.FloatRange(min=0, min_open=True)
 _SHARE = click.FloatRange(0, 1)
 _COUNT = click.IntRange(min=1)
 MIXES = {"mixup": Mixup(), "cutmix": CutMix()}
+BATCH_NORMS = {"live": LiveBatchNorm(), "frozen": FrozenBatchNorm(), "synced": SyncedBatchNorm()}
 PRECISIONS = {"fp32": Float32(), "bf16": BFloat16()}
 _OPTIONS = (
     click.option("--epochs", type=_COUNT, help="In all stages together. 10 unless given."),
@@ -54,6 +56,10 @@ _OPTIONS = (
     click.option("--autoaugment", is_flag=True, help="AutoAugment's policy for CIFAR-10."),
     click.option("--ema", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Average the weights."),
     click.option("--early-stopping", type=_COUNT, metavar="EPOCHS", help="Patience on the held-out samples."),
+    click.option(
+        "--batch-norm", type=click.Choice(list(BATCH_NORMS)),
+        help="By the batch, by the network's own statistics, or by the batch over all GPUs; live unless given.",
+    ),
     click.option("--precision", type=click.Choice(list(PRECISIONS)), help="fp32 unless given."),
 )  # fmt: skip
 _NAMES = [
@@ -80,6 +86,7 @@ _NAMES = [
     "autoaugment",
     "ema",
     "early_stopping",
+    "batch_norm",
     "precision",
 ]
 
@@ -118,6 +125,7 @@ class Wishes:
     autoaugment: bool
     ema: float | None
     early_stopping: int | None
+    batch_norm: str | None
     precision: str | None
     recipe: str | None
 
@@ -222,6 +230,7 @@ class Wishes:
             "mixing": tuple(MIXES[name] for name in self.mix) or None,
             "ema": None if self.ema is None else EMA(self.ema),
             "early_stopping": None if self.early_stopping is None else EarlyStopping(self.early_stopping),
+            "batch_norm": None if self.batch_norm is None else BATCH_NORMS[self.batch_norm],
             "precision": None if self.precision is None else PRECISIONS[self.precision],
             "distillation": Distillation(
                 known.weight if self.distill is None else self.distill, self.temperature or known.temperature

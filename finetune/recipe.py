@@ -26,6 +26,7 @@ from ..zoo.augmentation import (
     ForSVHN,
     InTurn,
 )
+from .batch_norm import FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
 from .losses import TET, CrossEntropy, Distillation
 from .mixing import CutMix, Mixup
 from .precision import BFloat16, Float32
@@ -101,7 +102,8 @@ TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         TrainingRecipe, Schedule, STBP, TimeSliced, SLTT, Progressive, Hybrid, EverySlice, OncePerBatch,
-        CrossEntropy, TET, Distillation, Mixup, CutMix, Float32, BFloat16, EMA, EarlyStopping, MinError,
+        CrossEntropy, TET, Distillation, Mixup, CutMix, Float32, BFloat16,
+        LiveBatchNorm, FrozenBatchNorm, SyncedBatchNorm, EMA, EarlyStopping, MinError,
         LMH, IF, LIF, PerLayer, PerChannel, PerStep, Ranges, Triangle, Rectangle, Sigmoid, Arctan, Dspike,
         CropFlip, Cutout, AutoAugment, ForCIFAR10, ForImageNet, ForSVHN, InTurn,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ..arguments import check_kind, refuse
 from ..errors import ArgumentError
+from .batch_norm import BatchNormMode, FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
 from .losses import CrossEntropy, Distillation, Loss
 from .mixing import Mix
 from .precision import BFloat16, Float32, Precision
@@ -91,6 +92,7 @@ class Schedule:
         ema: average the weights, or None.
         early_stopping: stop when validation does not improve, or None.
         precision: ``Float32()`` or ``BFloat16()``.
+        batch_norm: ``LiveBatchNorm()``, ``FrozenBatchNorm()``, or ``SyncedBatchNorm()`` over the processes of a group.
     """
 
     epochs: int
@@ -107,6 +109,7 @@ class Schedule:
     ema: EMA | None = None
     early_stopping: EarlyStopping | None = None
     precision: Precision = field(default_factory=Float32)
+    batch_norm: BatchNormMode = field(default_factory=LiveBatchNorm)
 
     def __post_init__(self) -> None:
         if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
@@ -126,6 +129,8 @@ class Schedule:
         if self.early_stopping is not None:
             check_kind("early_stopping", self.early_stopping, EarlyStopping, "EarlyStopping()", "None")
         check_kind("precision", self.precision, (Float32, BFloat16), "Float32()", "BFloat16()")
+        kinds = (LiveBatchNorm, FrozenBatchNorm, SyncedBatchNorm)
+        check_kind("batch_norm", self.batch_norm, kinds, "LiveBatchNorm()", "FrozenBatchNorm()")
 
     def rate(self, step: int, batches: int) -> float:
         """Return the factor on every learning rate for one batch.

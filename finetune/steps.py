@@ -27,11 +27,13 @@ class Work:
         inputs: each [N, *F], or [T, N, *F] for event frames.
         labels: [N], mixed ones, or None.
         target: the teacher's outputs, [N, C], or None.
+        weight: of its loss; the mean over the processes of a group is 1, so that samples count alike.
     """
 
     inputs: Inputs
     labels: Tensor | MixedLabels | None
     target: Tensor | None
+    weight: float = 1.0
 
 
 class DivergedError(ArithmeticError):
@@ -52,7 +54,7 @@ class Stepper:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, strategy: Strategy
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
-        self.time = _time_of(model)
+        self.time = time_of(model)
         self.events = takes_events(model)
         self.device = next(model.parameters()).device
         self.steps = strategy.slice_steps(self.time.timesteps) if self.time else 0
@@ -83,7 +85,8 @@ class Stepper:
                 if index == 0 or self.every_slice:
                     self.optimizer.zero_grad(set_to_none=True)
                 loss = self._loss(work, index)
-                (loss if self.every_slice or slices == 1 else loss / slices).backward()
+                weight = work.weight / (1 if self.every_slice else slices)
+                (loss if weight == 1 else loss * weight).backward()
                 losses.append(loss.detach())
                 if index == slices - 1 or self.every_slice:
                     self._freeze(self.strategy.frozen(progress))
@@ -123,7 +126,8 @@ class Stepper:
         self.optimizer.step()
 
 
-def _time_of(model: nn.Module) -> TimeAxis | None:
+def time_of(model: nn.Module) -> TimeAxis | None:
+    """Return the time axis of a spiking network, None for others."""
     return next((module.time for module in model.modules() if isinstance(module, Timed)), None)
 
 

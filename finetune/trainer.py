@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from ..arguments import check_kind, check_network
 from ..errors import ArgumentError, TrainingError
 from ..records import plain_value
+from .batch_norm import check_batch_norm, set_modes, synchronised
 from .batches import EpochBatches, Feed, Inputs, MeanOverFrames, check_training_data, samples, split, takes_events
 from .checkpoint import Checkpoint, Keeper, Training, start_of
 from .diagnosis import broken_tensor, origin
+from .distributed import ALONE, Group
 from .history import EpochResult, neuron_values
 from .log import Log, OnProgress, check_logs, opened
 from .mixing import mixed
@@ -25,7 +27,7 @@ from .precision import stored_for, stored_input, widened
 from .randomness import drawn, own_random_state, seed_of
 from .reporting import OnBatch, OnEpoch, Reporter, Watch
 from .schedule import Schedule
-from .steps import DivergedError, Stepper, Work
+from .steps import DivergedError, Stepper, Work, time_of
 from .strategies import STBP, Strategy
 
 
@@ -124,9 +126,17 @@ def fit_stage(
     if schedule.early_stopping is not None and val is None:
         raise ArgumentError("finetune: early_stopping needs validation batches and val is None. Pass val=.")
     schedule.precision.check(device)
-    task = Task(stage, model, Feed.of(train, schedule.seed), val, schedule, strategy, teacher)
-    with own_random_state(device), as_teacher(teacher, device), stored_for(model, schedule.precision):
-        return run(task, watch)
+    check_batch_norm(schedule.batch_norm, device)
+    group = Group.current()
+    feed = Feed.of(train, schedule.seed, group, axis=1 if takes_events(model) else 0)
+    task = Task(stage, model, feed, val, schedule, strategy, teacher)
+    with (
+        own_random_state(device),
+        as_teacher(teacher, device),
+        stored_for(model, schedule.precision),
+        synchronised(model, schedule.batch_norm),
+    ):
+        return run(task, watch if group.leads else Watch(watch.checkpoint))
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -167,13 +177,16 @@ def run(task: Task, watch: Watch) -> list[EpochResult]:
     training = Training(model, optimiser(model, schedule))
     if schedule.ema is not None:
         training.average = Average(model, schedule.ema.decay)
-    stepper = Stepper(model, training.optimizer, schedule, task.strategy)
+    group, time = task.feed.group, time_of(model)
+    sliced = time is not None and task.strategy.slice_steps(time.timesteps) < time.timesteps
+    stepper = Stepper(group.wrapped(model, some_unused=sliced), training.optimizer, schedule, task.strategy)
     torch.manual_seed(schedule.seed)
     batches = task.feed.count()
     keeper = None
     if watch.checkpoint is not None:
-        facts = {**settings(schedule, task.strategy), "start": start_of(model, task.feed, batches)}
-        keeper = Keeper(watch.checkpoint, facts)
+        start = group.told(start_of(model, task.feed, batches))
+        facts = {**settings(schedule, task.strategy), "start": start, "processes": group.world}
+        keeper = Keeper(watch.checkpoint, facts, group)
         keeper.resume(training)
     with opened(watch.logs) as writers:
         reporter = Reporter(task.stage, schedule.epochs, batches, _device(model), watch, writers)
@@ -202,14 +215,18 @@ def _named(value: Any) -> Any:
 
 
 def _epoch(task: Task, training: Training, stepper: Stepper, reporter: Reporter, keeper: Keeper | None) -> None:
-    model, schedule, epoch = task.model, task.schedule, training.epoch
-    model.train()
+    model, schedule, epoch, group = task.model, task.schedule, training.epoch, task.feed.group
+    set_modes(model, schedule.batch_norm)
     reporter.pace.begin()
     for batch in task.feed.epoch(epoch, training.batch):
         step = epoch * reporter.batches + training.batch
         inputs, y = split("finetune: train", batch, model)
         set_rate(training.optimizer, schedule.rate(step, reporter.batches))
-        work = _work(task, inputs, y, seed_of(schedule.seed, "mixing", step))
+        if group.world > 1:  # each process has its own dropout, and a resumed one needs no state of it
+            torch.manual_seed(seed_of(schedule.seed, "rank", group.rank, step))
+        own = samples(model, inputs)
+        [count] = map(round, group.sums([own], inputs[0].device))
+        work = replace(_work(task, inputs, y, seed_of(schedule.seed, "mixing", step)), weight=own * group.world / count)
         try:
             loss = stepper(work, step / (schedule.epochs * reporter.batches))
         except DivergedError as error:
@@ -217,7 +234,8 @@ def _epoch(task: Task, training: Training, stepper: Stepper, reporter: Reporter,
             raise _diverged(epoch, training.batch + 1, f"{error}; it began in {where}") from error
         if training.average is not None:
             training.average.update(model, step)
-        count = samples(model, inputs)
+        if group.world > 1:
+            loss = group.sums([loss * own / count], inputs[0].device)[0]
         training.loss, training.seen = training.loss + loss * count, training.seen + count
         training.batch += 1
         reporter.batch(training, loss, count)
@@ -257,12 +275,15 @@ def _work(task: Task, inputs: Inputs, y: Tensor | None, seed: int) -> Work:
 
 
 def _end_epoch(task: Task, training: Training) -> None:
-    model, history = task.model, training.history
+    model, history, feed = task.model, training.history, task.feed
     model.eval()
     measured = None
+    feed.group.share_buffers(model)
     with training.average.in_place(model) if training.average else nullcontext():
+        feed.group.share_buffers(model)
         if task.val is not None:
-            measured = accuracy(model, drawn(task.val, seed_of(task.schedule.seed, "val", training.epoch)))
+            batches = drawn(task.val, seed_of(task.schedule.seed, "val", training.epoch))
+            measured = accuracy(model, batches, feed.group, feed.axis)
         history.append(EpochResult(training.epoch, training.loss / training.seen, measured, neuron_values(model)))
         stopping = task.schedule.early_stopping
         if stopping is not None and stopping.best(_accuracies(history)) == len(history) - 1:
@@ -287,16 +308,26 @@ def _leave_result(training: Training) -> None:
     training.model.eval()
 
 
-def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Return the fraction of samples whose largest output is the label's; batches are (x, y)."""
-    correct = count = 0
+def accuracy(model: nn.Module, batches: Iterable[Any], group: Group | None = None, axis: int = 0) -> float:
+    """Return the fraction of samples whose largest output is the label's; batches are (x, y).
+
+    Args:
+        model: gives [N, C].
+        batches: whole ones, on every process.
+        group: whose processes take a share of each.
+        axis: of the inputs, where N is.
+    """
+    group, correct, count = group or ALONE, 0.0, 0.0
     with torch.no_grad():
         for batch in batches:
-            inputs, y = split("finetune: val", batch, model)
-            if y is None:
+            whole, labels = split("finetune: val", batch, model)
+            if labels is None:
                 raise TrainingError("validation batches have no labels; expected (x, y). Pass val=None.")
-            correct += int((model(*inputs).argmax(1) == y).sum())
-            count += len(y)
+            *inputs, y = group.rows((*whole, labels), axis)
+            if len(y):
+                correct += int((model(*inputs).argmax(1) == y).sum())
+                count += len(y)
+    correct, count = group.sums([correct, count], _device(model))
     if count == 0:
         raise TrainingError("the validation data gave no batch; expected at least one sample. Pass val=None.")
     return correct / count
