@@ -26,20 +26,27 @@ from ..arguments import check_batches, check_kind, check_timesteps, refuse
 from ..errors import CalibrationError
 from ..records import Calibration, Prepared, Spike
 from ..spiking import PerLayer
+from .blocks import Block, blocks
 from .histogram import Histogram, observe
 from .policies import BatchNormStatistics, Max, MinError, Percentile, Policy
+from .reconstruct import BlockResult, Reconstruction, reconstruct
 from .refit import refit, stand_ins
 from .statistics import predicted_histograms
 
 __all__ = [
     "BatchNormStatistics",
+    "Block",
+    "BlockResult",
     "Max",
     "MinError",
     "Percentile",
     "Policy",
+    "Reconstruction",
     "automatic",
+    "blocks",
     "calibrate",
     "policy_text",
+    "reconstruct",
     "refit",
     "stand_ins",
 ]

@@ -18,24 +18,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..ops import (
+from ..op_table import (
     AVGPOOL_MODULES,
     BATCHNORM_MODULES,
+    CASTS,
     DROPOUT_FUNCTIONS,
     DROPOUT_MODULES,
     INSTANCENORM_MODULES,
+    MAXPOOL_MODULES,
     PAD_MODULES,
     PRODUCTS,
     QUOTIENTS,
     SYNAPSE_MODULES,
     UPSAMPLE_MODULES,
     Kind,
-    argument,
-    kind_of,
-    module_of,
 )
+from ..ops import argument, kind_of, module_of
 from ..records import Prepared, Spike
 from ..shapes import node_values
+from ..structures import batched
 from .histogram import BINS, Histogram
 
 
@@ -48,7 +49,7 @@ class Moments(NamedTuple):
 
 def predicted_histograms(prepared: Prepared) -> tuple[dict[str, Histogram], list[str]]:
     """Return a histogram for every spiking activation whose statistics are known, and the other paths."""
-    values = node_values(prepared.model, (2, *prepared.sample_shape))
+    values = node_values(prepared.model, batched(prepared.sample_shape, 2))
     moments: dict[fx.Node, Moments | None] = {}
     known: dict[str, Histogram] = {}
     unknown: list[str] = []
@@ -139,12 +140,12 @@ _ARITHMETIC: set[Any] = {*_NEGATES, *_ADDS, *_SUBTRACTS, *PRODUCTS}
 _FLATTENS: set[Any] = {torch.flatten, torch.reshape, "flatten", "view", "reshape"}
 _KEEPS_CHANNELS: set[Any] = {
     torch.cat, torch.concat, torch.concatenate, torch.mean, "mean", F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
+    F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
     F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate, torch.clone, torch.detach,
-    "clone", "detach", "contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda",
-    *DROPOUT_FUNCTIONS, *_FLATTENS,
+    "clone", "detach", "contiguous", "cpu", "cuda", *CASTS, *DROPOUT_FUNCTIONS, *_FLATTENS,
 }  # fmt: skip
 _KEEPS_CHANNELS_MODULES = (
-    *AVGPOOL_MODULES, *PAD_MODULES, *UPSAMPLE_MODULES, *DROPOUT_MODULES, nn.Identity, nn.Flatten,
+    *AVGPOOL_MODULES, *MAXPOOL_MODULES, *PAD_MODULES, *UPSAMPLE_MODULES, *DROPOUT_MODULES, nn.Identity, nn.Flatten,
 )  # fmt: skip
 
 

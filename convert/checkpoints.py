@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, SourceError
+from ..errors import ArgumentError, SourceError, UnsafePickleError
+from .pickles import StandIn, refusal
 
 ENTRIES = ("state_dict", "model", "model_state_dict", "net", "model_state", "network", "weights", "params", "module")
 AVERAGES = {"ema", "swa", "averaged", "average", "teacher"}
@@ -35,12 +36,16 @@ def chosen(path: Path, found: Any, entry: str | None) -> tuple[nn.Module | dict[
 
     Raises:
         SourceError: if there are no weights, several to choose from, or none under ``entry``.
+        UnsafePickleError: if reading left out what may hold them.
     """
     if not isinstance(found, nn.Module | Mapping):
         raise SourceError(f"{path}: holds a {type(found).__name__}; expected a state_dict, a checkpoint or a module.")
     entries = _entries("", found)
     if not entries and isinstance(found, Mapping) and any(isinstance(part, Tensor) for part in found.values()):
         entries = [("", found)]
+    stood_for = sorted(_stood_for(found))
+    if not entries and stood_for:
+        raise UnsafePickleError(refusal(path, stood_for))
     if not entries:
         keys = ", ".join(map(str, list(found)[:_SHOWN])) or "none" if isinstance(found, Mapping) else "none"
         raise SourceError(
@@ -56,6 +61,12 @@ def chosen(path: Path, found: Any, entry: str | None) -> tuple[nn.Module | dict[
         advice = f"; there are others under {', '.join(others)}: --entry {others[0]} takes those" if others else ""
         notices = (f"Took the weights under {name}{average}{advice}.", *notices)
     return value, notices
+
+
+def _stood_for(found: Any) -> set[str]:
+    """Return what a checkpoint has in the place of weights that reading it left out."""
+    values = found.values() if isinstance(found, Mapping) else ()
+    return {type(value).name for value in values if isinstance(value, StandIn)}
 
 
 def is_average(name: str) -> bool:

@@ -25,6 +25,7 @@ from ..time_axis import MAX_TIMESTEPS
 from .cli_inputs import SEED, Amounts, Inputs, NumbersType, PolicyType, open_inputs, source_options
 from .export_cli import FORMATS, FORMATS_HELP, export_as, export_files
 from .loading import Source, load_source
+from .maxpool import MAXPOOLS, MaxPool
 from .pipeline import Conversion, convert
 from .prepare import examine
 from .rules import ReluSurgery
@@ -57,6 +58,7 @@ class Job:
     output: Path
     keep: tuple[str, ...]
     surgery: ReluSurgery | None
+    maxpool: MaxPool
     exports: tuple[str, ...]
 
 
@@ -94,6 +96,11 @@ class Job:
     help="Let neurons stand in for SiLU, GELU and the like, and keep gates and normalisations analog.",
 )
 @click.option(
+    "--maxpool", type=click.Choice(list(MAXPOOLS)), default="before", show_default=True,
+    help="before: the maximum of the currents, in front of the neurons; gated: behind them, what passes adds up to the "
+    "maximum of the rates, at every T; average: an average pool instead, another function, to be fine-tuned.",
+)  # fmt: skip
+@click.option(
     "--export", "exports", type=FORMATS, multiple=True, help=f"Also write this format; may be repeated. {FORMATS_HELP}"
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would become of every node; convert nothing.")
@@ -111,6 +118,7 @@ def convert_command(
     output: Path | None,
     as_json: bool,
     surgery: str | None,
+    maxpool: str,
     dry_run: bool,
     **options: Any,
 ) -> int:
@@ -130,6 +138,7 @@ def convert_command(
         device=device_of(device),
         output=output or default_output(source, timesteps),
         surgery=ReluSurgery() if surgery == "relu" else None,
+        maxpool=MAXPOOLS[maxpool],
         **options,
     )
     if job.epochs and job.data is None:
@@ -217,7 +226,9 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
 def audit_job(job: Job, terminal: Terminal) -> dict[str, Any]:
     """Say what would become of every node, whether it can be converted or not."""
     source, inputs = _open(job, terminal)
-    fates, problems = examine(source.model, inputs.preprocessing.input_size, keep=job.keep, surgery=job.surgery)
+    fates, problems = examine(
+        source.model, inputs.preprocessing.input_size, keep=job.keep, surgery=job.surgery, maxpool=job.maxpool
+    )
     nodes = {fate: [node.path for node in fates if node.fate == fate] for fate in ("converted", "kept", "refused")}
     return {"source": job.source, "fates": plain_value(fates), "nodes": nodes, "problems": problems}
 
@@ -282,6 +293,7 @@ def _convert(job: Job, source: Source, inputs: Inputs, terminal: Terminal) -> Co
         example_input=example,
         keep=job.keep,
         surgery=job.surgery,
+        maxpool=job.maxpool,
     )
 
 

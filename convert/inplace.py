@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..ops import OUT_OF_PLACE, is_in_place, is_view, label
+from ..op_table import OUT_OF_PLACE
+from ..ops import is_in_place, is_view, label
 
 
 def make_functional(model: fx.GraphModule) -> list[str]:

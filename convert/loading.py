@@ -106,8 +106,8 @@ def load_source(
         if isinstance(found, nn.Module):
             if arch is not None:
                 raise ArgumentError(f"arch={arch!r} came with {path}, which holds a whole module. Leave it out.")
-            model, more = _single(bare(found))
-            return Source(model.eval(), name, None, None, digest, (*notices, *more), entry)
+            model, more = _ready(path, found)
+            return Source(model, name, None, None, digest, (*notices, *more), entry)
         state = found
         fit = _fit(path, state, card)
     notices = (*notices, *_said(fit, state, named=card is not None))
@@ -144,12 +144,19 @@ def _by_name(name: str) -> Source:
     return Source(model, name, card, card.num_classes)
 
 
-def _single(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return a module in single precision, which neurons compute in."""
-    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    if kinds <= {torch.float32}:
-        return model, ()
-    return model.float(), (f"Weights in {', '.join(sorted(map(str, kinds)))} became float32.",)
+def _ready(path: Path, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the network inside a module's wrappers in eval mode and single precision, which neurons compute in."""
+    try:
+        model = bare(model).eval()
+        kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        if kinds <= {torch.float32}:
+            return model, ()
+        return model.float(), (f"Weights in {', '.join(sorted(map(str, kinds)))} became float32.",)
+    except Exception as error:  # a module without the attributes of its class fails anywhere
+        raise SourceError(
+            f"{path}: its module is damaged, or of another version of its class ({error}); expected a whole one. Save "
+            "the state_dict alone with torch.save(model.state_dict(), file), where the module still works."
+        ) from error
 
 
 def _of_program(

@@ -1,67 +1,16 @@
-"""One path for every node of a traced ANN, the same in the audit, in ``keep``, in the report and for the sites."""
+"""Names for modules that the passes add."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import fx, nn
-
-from ..ops import PATH, Kind, activation_module, joined, kind_of, owner_path
-
-
-def assign_paths(model: fx.GraphModule) -> None:
-    """Give every node a path that no other has; :func:`lmh.ops.label` returns it until PREPARE.
-
-    The first call of a module has the module's own path, later ones end in ``_1``, ``_2``, …; an activation that is no
-    module is named by its owner and its type in small letters, ``layer1.0.relu``; both are where its site will stand.
-    Everything else is named by its owner and its name in the graph.
-
-    Args:
-        model: the traced copy, before anything is rewritten; its nodes' ``meta`` is changed.
-
-    >>> model = fx.symbolic_trace(nn.Sequential(relu := nn.ReLU(), relu))
-    >>> assign_paths(model)
-    >>> [node.meta[PATH] for node in model.graph.nodes]
-    ['input_1', '0', '0_1', 'output']
-    """
-    modules = {name for name, _ in model.named_modules()}
-    taken = set(modules)
-    called: set[Any] = set()
-    for node in _activations_first(model.graph):
-        if node.op == "call_module" and node.target not in called:
-            path = str(node.target)
-            called.add(node.target)
-        elif node.op == "call_module":
-            path = _first_free(str(node.target), lambda path: path in taken or _names_something(model, path))
-        elif kind_of(node) is Kind.ACTIVATION:
-            wanted = joined(owner_path(node), type(activation_module(node)).__name__.lower())
-            path = _first_free(wanted, lambda path: path in taken or _names_something(model, path))
-        else:
-            path = _first_free(joined(owner_path(node), node.name), taken.__contains__)
-        taken.add(path)
-        node.meta[PATH] = path
-
-
-def _activations_first(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Yield the nodes whose paths name modules, and then the others, which must not take one of those."""
-    later = []
-    for node in graph.nodes:
-        if node.op == "call_module" or kind_of(node) is Kind.ACTIVATION:
-            yield node
-        else:
-            later.append(node)
-    yield from later
+from torch import nn
 
 
 def unique_path(model: nn.Module, wanted: str) -> str:
     """Return ``wanted``, or the first of ``wanted_1``, ``wanted_2``, … that names nothing in ``model``."""
-    return _first_free(wanted, lambda path: _names_something(model, path))
-
-
-def _first_free(wanted: str, is_taken: Callable[[str], bool]) -> str:
     path, count = wanted, 0
-    while is_taken(path):
+    while _names_something(model, path):
         count += 1
         path = f"{wanted}_{count}"
     return path

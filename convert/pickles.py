@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ArgumentError, SourceError, UnsafePickleError
-from ..ops import ACTIVATION_SPELLINGS, FUNCTION_KINDS
+from ..op_table import ACTIVATION_SPELLINGS, FUNCTION_KINDS
 from ..torchvision_shim import torchvision
 
 TRUSTED_PREFIXES = (
@@ -138,13 +138,13 @@ def read_pickle(path: Path, trust: Trust = NO_TRUST, *, legacy: bool = False) ->
     allowed = {name: _allowed(name, trust.modules) for name in names}
     unknown = sorted(name for name, found in allowed.items() if found is None)
     if unknown and not legacy:
-        raise UnsafePickleError(_refusal(path, unknown))
+        raise UnsafePickleError(refusal(path, unknown, trust.modules))
     table: list[Any] = [(found, name) for name, found in allowed.items() if found is not None]
     with torch.serialization.safe_globals(table):
         found = _load(path, unknown, weights_only=True)
     hollow = sorted(set(_hollow(found, set(), inside=isinstance(found, StandIn))))
     if hollow:
-        raise UnsafePickleError(_refusal(path, hollow))
+        raise UnsafePickleError(refusal(path, hollow, trust.modules))
     return found
 
 
@@ -161,7 +161,7 @@ def _load(path: Path, unknown: Sequence[str] = (), **options: Any) -> Any:
         ) from error
     except pickle.UnpicklingError as error:
         if options["weights_only"] and "weights_only" in str(error).lower():
-            raise UnsafePickleError(_refusal(path, unknown)) from error
+            raise UnsafePickleError(refusal(path, unknown)) from error
         raise SourceError(_unreadable(path, error)) from error
     except Exception as error:  # torch.load raises almost anything on damaged files
         raise SourceError(_unreadable(path, error)) from error
@@ -172,25 +172,43 @@ def _unreadable(path: Path, error: Exception) -> str:
     return f"{path}: cannot be read ({reason}); expected a whole file of torch.save. Copy or save it again."
 
 
-def _refusal(path: Path, names: Sequence[str]) -> str:
+def refusal(path: Path, names: Sequence[str], modules: Sequence[str] = ()) -> str:
+    """Say what a pickle names that was not allowed, and what to do about it.
+
+    Args:
+        path: the file.
+        names: of classes and functions; none if they are not known.
+        modules: the user's own, which were allowed.
+    """
     if not names:
         return (
             f"{path}: its pickle holds more than tensors, and reading it would run code from the file; expected a "
             f"state_dict. {TRUST_ADVICE}"
         )
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
-    own = [name for name in modules if name.partition(".")[0] not in sys.stdlib_module_names | {"torch"}]
-    advice = f"If the class is yours, name its module: {' '.join(f'--module {name}' for name in own[:_SHOWN])}. "
-    if "__main__" in modules:
-        advice = (
-            "The script that saved it defined the class: name that script's module, --module my_script "
-            "(modules=('my_script',)). "
-        )
     return (
         f"{path}: its pickle names {', '.join(names[:_SHOWN])}{more}; expected tensors and modules of torch.nn or "
-        f"torchvision only. {advice if own or '__main__' in modules else ''}{TRUST_ADVICE}"
+        f"torchvision only. {_module_advice(names, modules)}{TRUST_ADVICE}"
     )
+
+
+def _module_advice(names: Sequence[str], modules: Sequence[str]) -> str:
+    homes = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    if "__main__" in homes:
+        tried = f" None of {', '.join(modules)} defines that class." if modules else ""
+        return (
+            f"The script that saved it defined the class: name that script's module, --module my_script "
+            f"(modules=('my_script',)).{tried} "
+        )
+    named = [home for home in homes if home in modules]
+    if named:
+        return (
+            f"Of {', '.join(named)} only networks and plain data classes at the top of that file are allowed, not what "
+            "it imports. "
+        )
+    others = sys.stdlib_module_names | {"torch"}
+    own = [home for home in homes if home.partition(".")[0] not in others]
+    return f"If the class is yours, name its module: {' '.join(f'--module {home}' for home in own)}. " if own else ""
 
 
 def _names(path: Path) -> list[str]:

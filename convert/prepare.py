@@ -1,4 +1,4 @@
-"""PREPARE: one module for each activation call, max-pools before activations; output equal to the ANN's."""
+"""PREPARE: one module for each activation call, max-pools where their type wants them; output equal to the ANN's."""
 
 from __future__ import annotations
 
@@ -6,33 +6,24 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import fx, nn
 
+from ..arguments import check_names
 from ..errors import AuditError
-from ..ops import (
-    CONTRACTIONS,
-    DROPOUT_FUNCTIONS,
-    PATH,
-    Kind,
-    activation_module,
-    argument,
-    joined,
-    kind_of,
-    label,
-    module_of,
-    owner_path,
-    signal_input,
-)
+from ..op_table import CONTRACTIONS, DROPOUT_FUNCTIONS, Kind
+from ..ops import PATH, activation_module, argument, joined, kind_of, label, module_of, owner_path, signal_input
 from ..qcfs import QCFS
 from ..records import Keep, NodeFate, Prepared, Spike
 from ..shapes import node_values
-from .audit import Decisions, audit, is_channel_concat, pool_sources
+from ..structures import as_sample_shape, batched, each_shape, tensors_of
+from .audit import Decisions, audit
 from .equality import same_answers
 from .inplace import make_functional
-from .paths import assign_paths, unique_path
+from .labels import assign_paths
+from .maxpool import BeforeNeuron, MaxPool, gated_pools, place_pools
+from .paths import unique_path
 from .refusals import describe
-from .rules import Plan, ReluSurgery, Rules, merged
+from .rules import Plan, ReluSurgery, Rules, as_neuron, merged
 from .tracing import bare, trace
 
 MONOTONE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, QCFS)
@@ -41,25 +32,28 @@ MONOTONE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, QCFS)
 
 def prepare(
     ann: nn.Module,
-    sample_shape: Sequence[int],
+    sample_shape: Sequence[Any],
     *,
     rules: Rules | None = None,
     keep: Iterable[str] = (),
     surgery: ReluSurgery | None = None,
+    maxpool: MaxPool | None = None,
 ) -> Prepared:
     """Trace a copy of ``ann``, audit it and give every activation call a module of its own.
 
     Args:
         ann: the network; not changed.
-        sample_shape: shape of one input sample, for example (3, 224, 224).
+        sample_shape: shape of one input sample, for example (3, 224, 224); for several inputs a shape for each.
         rules: from activation type to rule, on top of the defaults.
         keep: paths of nodes that stay analog, as :func:`examine` lists them. Each call of a module that is called
             several times has its own, ``relu``, ``relu_1``, …; ``relu`` keeps the first call only.
         surgery: what to do where no rule applies; None refuses.
+        maxpool: what becomes of max-pools; ``BeforeNeuron()`` unless given.
 
     Returns:
-        The prepared network. Its output equals the ANN's, which was checked on one random batch, apart from
-        activations before a max-pool that are not monotone: the pool moves before them, as it does for neurons.
+        The prepared network. Its output equals the ANN's, or with ``AveragePool()`` that of the ANN with average
+        pools, which was checked on one random batch, apart from activations before a max-pool that are not monotone:
+        with ``BeforeNeuron()`` the pool moves before them, as it does for neurons.
 
     Raises:
         AuditError: with every node that no rule covers.
@@ -68,45 +62,52 @@ def prepare(
     >>> prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), sample_shape=(4,)).spiking
     ['1']
     """
-    plan = Plan(merged(rules), frozenset(keep), surgery)
+    plan = Plan(merged(rules), frozenset(check_names("keep", keep)), surgery, maxpool or BeforeNeuron())
     ann = bare(ann)
     model, decisions, fates, problems = _audited(ann, sample_shape, plan)
     if problems:
         raise AuditError(problems)
     by_path = _activations_to_modules(model, decisions)
     _dropout_to_modules(model)
-    monotone = all(isinstance(model.get_submodule(path), MONOTONE) for path in _spiking(by_path))
-    if not monotone:
+    commutes = all(isinstance(model.get_submodule(path), MONOTONE) for path in _spiking(by_path))
+    before_moving = isinstance(plan.maxpool, BeforeNeuron) and not commutes
+    if before_moving:
         _finish(model)
-        same_answers(ann, model, sample_shape)
-    by_path = _move_maxpools(model, by_path)
+        same_answers(ann, model, sample_shape, plan.maxpool)
+    by_path = place_pools(model, by_path, plan.maxpool)
     _finish(model)
-    if monotone:
-        same_answers(ann, model, sample_shape)
+    if not before_moving:
+        same_answers(ann, model, sample_shape, plan.maxpool)
     ordered = {str(node.target): by_path[str(node.target)] for node in model.graph.nodes if node.target in by_path}
     fates += _added(ordered, fates, model)
-    values = node_values(model, (2, *sample_shape))
+    values = node_values(model, batched(sample_shape, 2))
     channels = {path: _channels(model, path, values) for path in _spiking(ordered)}
-    return Prepared(model, ordered, tuple(sample_shape), channels, tuple(fates), _coverage(fates, ordered, values))
+    shape = as_sample_shape(each_shape(sample_shape))
+    coverage = _coverage(fates, ordered, values)
+    gated = gated_pools(model.graph, plan.maxpool)
+    return Prepared(model, ordered, shape, channels, tuple(fates), coverage, gated)
 
 
 def examine(
     ann: nn.Module,
-    sample_shape: Sequence[int],
+    sample_shape: Sequence[Any],
     *,
     rules: Rules | None = None,
     keep: Iterable[str] = (),
     surgery: ReluSurgery | None = None,
+    maxpool: MaxPool | None = None,
 ) -> tuple[list[NodeFate], list[str]]:
     """The audit alone: the fate of every node, and the problems that :func:`prepare` would raise."""
-    _, _, fates, problems = _audited(bare(ann), sample_shape, Plan(merged(rules), frozenset(keep), surgery))
+    plan = Plan(merged(rules), frozenset(check_names("keep", keep)), surgery, maxpool or BeforeNeuron())
+    _, _, fates, problems = _audited(bare(ann), sample_shape, plan)
     return fates, problems
 
 
 def _audited(
-    ann: nn.Module, sample_shape: Sequence[int], plan: Plan
+    ann: nn.Module, sample_shape: Sequence[Any], plan: Plan
 ) -> tuple[fx.GraphModule, Decisions, list[NodeFate], list[str]]:
-    model = trace(ann, plan.rules, sample_shape)
+    stand_ins = plan.surgery.stand_ins if plan.surgery else ()
+    model = trace(ann, {**dict.fromkeys(stand_ins, as_neuron), **plan.rules}, sample_shape)
     problems = make_functional(model)
     model.graph.eliminate_dead_code()
     model.recompile()
@@ -149,7 +150,7 @@ def _coverage(fates: Sequence[NodeFate], activations: Mapping[str, Any], values:
     kept = {fate.path for fate in fates if fate.fate == "kept"}
 
     def elements(node: fx.Node) -> int:
-        return sum(leaf.numel() for leaf in pytree.tree_leaves(values[node]) if isinstance(leaf, Tensor))
+        return sum(tensor.numel() for tensor in tensors_of(values[node]))
 
     spiking = sum(elements(node) for node in values if isinstance(activations.get(str(node.target)), Spike))
     analog = sum(elements(node) for node in values if label(node) in kept)
@@ -186,54 +187,3 @@ def _replace_by_module(model: fx.GraphModule, node: fx.Node, path: str) -> None:
     call.meta = {key: value for key, value in node.meta.items() if key != PATH}
     node.replace_all_uses_with(call)
     model.graph.erase_node(node)
-
-
-def _move_maxpools(model: fx.GraphModule, by_path: Mapping[str, Any]) -> dict[str, Any]:
-    """Put every max-pool behind a spiking activation in front of it.
-
-    For the ANN nothing changes: a monotone activation commutes with the maximum. For the spiking network
-    the neurons then receive the maximum of the currents. Over T steps that equals the maximum of the rates
-    in the window, for constant currents, where the rate grows with the current (IF and LIF; not every LM-H
-    setting) and θ and v_init do not vary within the window.
-    """
-    result = dict(by_path)
-    for pool in list(model.graph.nodes):
-        if kind_of(pool) is not Kind.MAXPOOL:
-            continue
-        source = pool.all_input_nodes[0]
-        if not any(isinstance(result.get(str(node.target)), Spike) for node in pool_sources(pool)):
-            continue
-        moved = {node: _pooled(model, pool, node, result) for node in pool_sources(pool)}
-        with model.graph.inserting_before(pool):
-            if is_channel_concat(source):
-                joined = model.graph.node_copy(source, lambda node: node)
-                joined.args = ([moved[node] for node in pool_sources(pool)], *source.args[1:])
-                replacement = joined
-            else:
-                replacement = moved[source]
-        pool.replace_all_uses_with(replacement)
-        model.graph.erase_node(pool)
-        model.graph.eliminate_dead_code()
-    called = {str(node.target) for node in model.graph.nodes}
-    return {path: decision for path, decision in result.items() if path in called}
-
-
-def _pooled(model: fx.GraphModule, pool: fx.Node, source: fx.Node, by_path: dict[str, Any]) -> fx.Node:
-    """Return act(pool(x)) for a spiking source act(x), else pool(source)."""
-    graph = model.graph
-    path = str(source.target)
-    spiking = isinstance(by_path.get(path), Spike)
-    read = source.args[0] if spiking else source
-    behind = pool.all_input_nodes[0]
-    with graph.inserting_before(pool):
-        new_pool = graph.node_copy(pool, lambda node: read if node is behind else node)
-        if not spiking:
-            return new_pool
-        new_path = path
-        if len(source.users) > 1 or len(behind.users) > 1:
-            new_path = unique_path(model, path)
-            model.add_submodule(new_path, copy.deepcopy(model.get_submodule(path)))
-            by_path[new_path] = by_path[path]
-        activation = graph.call_module(new_path, (new_pool,))
-    activation.meta = dict(source.meta)
-    return activation

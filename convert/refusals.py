@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from ..op_table import BATCHNORM_MODULES, SYNAPSE_FUNCTIONS
-from ..ops import CONTRACTIONS, PRODUCTS, Kind, activation_module, kind_of, label, module_of, rounds, signal_operands
+from ..op_table import BATCHNORM_MODULES, CONTRACTIONS, PRODUCTS, SYNAPSE_FUNCTIONS, Kind
+from ..ops import activation_module, kind_of, label, module_of, rounds, signal_operands
 from .rules import Rules
 
 
@@ -74,10 +74,7 @@ def refusal(node: fx.Node, rules: Rules) -> str:
 
 
 def _leave_analog(node: fx.Node) -> str:
-    return (
-        f"Pass --keep {label(node)}, or --surgery relu, to leave it analog (keep=[{label(node)!r}], "
-        "surgery=ReluSurgery() in Python)"
-    )
+    return f"Pass --keep {label(node)}, or --surgery relu, to leave it analog (keep=, surgery=ReluSurgery() in Python)"
 
 
 _MULTIPLY = {*PRODUCTS, *CONTRACTIONS, *SYNAPSE_FUNCTIONS, torch.bmm, "bmm", torch.baddbmm, F.bilinear,
@@ -88,7 +85,7 @@ def _reason(node: fx.Node) -> str:
     if rounds(node):
         return "which rounds to whole numbers"
     several = len(signal_operands(node)) > 1
-    if several and (node.target in _MULTIPLY or isinstance(module_of(node), nn.Bilinear)):
+    if several and (node.target in _MULTIPLY or isinstance(module_of(node), nn.Bilinear | nn.MultiheadAttention)):
         return "a product of two signals"
     return "which combines several signals in a way that is not affine" if several else "not an affine node"
 

@@ -12,6 +12,7 @@ from .. import zoo
 from ..errors import ArgumentError, LMHError
 from ..evaluation import evaluate
 from ..results import describe_network
+from ..structures import each_shape
 from ..terminal import Terminal, print_result
 from ..zoo.images import Batches, Preprocessing
 from .cli_inputs import MODULE_OPTION, SEED, TRUST_OPTION, NumbersType, assumption_notices, evaluation_batch
@@ -81,7 +82,13 @@ def stored_preprocessing(
     API has the input size of its recipe.
     """
     architecture = manifest["source"]["architecture"]
-    known: dict[str, Any] = {"input_size": tuple(manifest["recipe"]["sample_shape"])}
+    shapes = each_shape(manifest["recipe"]["sample_shape"])
+    if len(shapes) > 1:
+        raise click.UsageError(
+            f"the network takes {len(shapes)} inputs; expected one of images, as --data has nothing else. "
+            "Measure it in Python: lmh.evaluate(lmh.convert.load(file), batches)."
+        )
+    known: dict[str, Any] = {"input_size": shapes[0]}
     if architecture is not None:
         known |= vars(zoo.card(architecture).preprocessing)
     stored = manifest.get("preprocessing") or {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from torch import nn
@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import ArgumentError
 from ..qcfs import QCFS
 from ..records import Keep, Spike
+from .maxpool import BeforeNeuron, MaxPool
 
 Rule = Callable[[nn.Module], Spike | Keep]
 Rules = Mapping[type[nn.Module], Rule]
@@ -155,11 +156,13 @@ class Plan:
         rules: from activation type to rule.
         keep: paths of nodes that stay analog.
         surgery: what to do where no rule applies; None refuses.
+        maxpool: what becomes of max-pools.
     """
 
     rules: Rules
     keep: frozenset[str] = frozenset()
     surgery: ReluSurgery | None = None
+    maxpool: MaxPool = field(default_factory=BeforeNeuron)
 
 
 def merged(rules: Rules | None) -> Rules:

@@ -19,6 +19,7 @@ from ..records import Calibration, frozen_value, plain_value
 from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, sites
 from ..surrogates import Arctan, Dspike, Rectangle, Sigmoid, Triangle
 from .loading import load_again
+from .maxpool import AveragePool, BeforeNeuron, Gated
 from .pipeline import Conversion, Recipe, assemble
 from .prepare import prepare
 from .rules import ReluSurgery, Rules, StandIns, merged
@@ -43,6 +44,9 @@ _TYPES = {
         DirectCoding,
         EventFrames,
         StandIns,
+        BeforeNeuron,
+        AveragePool,
+        Gated,
     )
 }
 MANIFEST = "lmh_manifest"
@@ -214,7 +218,9 @@ def load(
     calibration = _stored_calibration(path, manifest, tensors)
     try:
         surgery = None if recipe.surgery is None else recipe.surgery.surgery(ann)
-        prepared = prepare(ann, recipe.sample_shape, rules=rules, keep=recipe.keep, surgery=surgery)
+        prepared = prepare(
+            ann, recipe.sample_shape, rules=rules, keep=recipe.keep, surgery=surgery, maxpool=recipe.maxpool
+        )
         snn = assemble(prepared, calibration, recipe).snn
     except (ArgumentError, AuditError) as error:
         raise ArtifactError(

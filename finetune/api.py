@@ -194,7 +194,7 @@ class _Call:
 
     def samples(self, model: nn.Module) -> list[Any]:
         """Return the batches that thresholds are found on."""
-        return Feed.of(self.train, self.schedule.seed).first(CALIBRATION_SAMPLES, model)
+        return Feed.of(self.train, self.schedule.seed, model).first(CALIBRATION_SAMPLES, model)
 
     def stbp(self, snn: nn.Module, strategy: Strategy) -> Stage:
         """Train the spiking network."""

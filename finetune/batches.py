@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_batches, check_labels, refuse, split_batch
 from ..errors import TrainingError
+from ..structures import input_count, only_tensor
 from ..time_axis import FoldEvents
 from .distributed import ALONE, Group, Shardable
 from .randomness import drawn, seed_of
@@ -23,7 +24,7 @@ class EpochBatches(Protocol):
     """Batches that can be drawn anew for each epoch, such as :class:`lmh.zoo.Batches`."""
 
     def at_epoch(self, epoch: int) -> Iterable[Any]:
-        """Return the batches of one epoch, (x [N, *F], y [N]) or x alone."""
+        """Return the batches of one epoch, (x [N, *F], y [N]) or x alone; for k inputs (x1, …, xk, y)."""
         ...
 
 
@@ -56,17 +57,20 @@ class Feed:
         seed: of loaders that draw from the global random state.
         group: whose processes share each batch.
         axis: of the inputs, where N is.
+        inputs: how many the network takes.
     """
 
     source: EpochBatches
     seed: int
     group: Group = ALONE
     axis: int = 0
+    inputs: int = 1
 
     @classmethod
-    def of(cls, train: EpochBatches | Iterable[Any], seed: int, group: Group | None = None, axis: int = 0) -> Feed:
-        """Return the feed of anything that gives batches."""
-        return cls(train if isinstance(train, EpochBatches) else Repeated(train), seed, group or ALONE, axis)
+    def of(cls, train: EpochBatches | Iterable[Any], seed: int, model: nn.Module, group: Group = ALONE) -> Feed:
+        """Return the feed of anything that gives batches for a network."""
+        source = train if isinstance(train, EpochBatches) else Repeated(train)
+        return cls(source, seed, group, batch_axis(model), input_count(model))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Yield this process's share of the batches of an epoch, from one of them on."""
@@ -80,8 +84,8 @@ class Feed:
     def _rows(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Cut this process's rows out of whole batches; one with fewer rows than processes is left out everywhere."""
         for batch in batches:
-            inputs, _ = split_batch("finetune: train", batch)
-            if inputs.shape[self.axis] >= self.group.world:
+            inputs, _ = split_batch("finetune: train", batch, self.inputs)
+            if inputs[0].shape[self.axis] >= self.group.world:
                 yield self.group.rows(batch, self.axis)
 
     def count(self) -> int:
@@ -102,11 +106,11 @@ class Feed:
             )
         return count
 
-    def first(self, samples: int, model: nn.Module) -> list[Any]:
+    def first(self, count: int, model: nn.Module) -> list[Any]:
         """Return the first batches of epoch 0, until they hold that many samples or there are no more.
 
         Args:
-            samples: how many, at least.
+            count: how many, at least.
             model: the network that they are for.
         """
         found: list[Any] = []
@@ -114,8 +118,8 @@ class Feed:
         for batch in self.epoch(0):
             inputs, _ = parts("finetune: train", batch, model)
             found.append(batch)
-            have += len(inputs[0])
-            if have >= samples:
+            have += samples(model, inputs)
+            if have >= count:
                 break
         return found
 
@@ -145,7 +149,12 @@ def takes_events(model: nn.Module) -> bool:
 
 def samples(model: nn.Module, inputs: Inputs) -> int:
     """Return N of inputs [N, *F], or [T, N, *F] where the network takes event frames."""
-    return inputs[0].shape[1 if takes_events(model) else 0]
+    return inputs[0].shape[batch_axis(model)]
+
+
+def batch_axis(model: nn.Module) -> int:
+    """Return where N is in a network's inputs."""
+    return int(takes_events(model))
 
 
 def parts(where: str, batch: Any, model: nn.Module) -> tuple[Inputs, Any]:
@@ -154,8 +163,7 @@ def parts(where: str, batch: Any, model: nn.Module) -> tuple[Inputs, Any]:
     Raises:
         ArgumentError: for a batch of another form.
     """
-    x, y = split_batch(where, batch)
-    return (x,), y
+    return split_batch(where, batch, input_count(model))
 
 
 def split(where: str, batch: Any, model: nn.Module) -> tuple[Inputs, Tensor | None]:
@@ -184,4 +192,5 @@ class MeanOverFrames(nn.Module):
 
     def forward(self, *frames: Tensor) -> Tensor:
         """Return [N, C] from frames [T, N, *F]."""
-        return self.ann(*(x.flatten(0, 1) for x in frames)).unflatten(0, frames[0].shape[:2]).mean(0)
+        output = only_tensor(self.ann(*(x.flatten(0, 1) for x in frames)), "finetune")
+        return output.unflatten(0, frames[0].shape[:2]).mean(0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from ..spiking import SpikingSite
+from ..structures import only_tensor
 from ..time_axis import Readout, TimeAxis, Timed, call, carry_state
 from .batches import Inputs, takes_events
 from .losses import combined
@@ -98,12 +99,13 @@ class Stepper:
         inputs = tuple(stored_input(x, self.schedule.precision) for x in work.inputs)
         with self.schedule.precision.autocast(self.device):
             if self.time is None:
-                outputs = self.model(*inputs)
+                returned = self.model(*inputs)
             else:
                 if self.events and self.steps < self.time.timesteps:
                     inputs = tuple(x[index * self.steps : (index + 1) * self.steps] for x in inputs)
                 with call(self.time, Readout.PER_STEP if per_step else Readout.MEAN, self.steps):
-                    outputs = self.model(*inputs)
+                    returned = self.model(*inputs)
+        outputs = only_tensor(returned, "finetune")
         if index == 0:
             _check_classes(work.labels, outputs.shape[-1])
         outputs = widened(outputs)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..arguments import check_kind, check_network
 from ..errors import ArgumentError, TrainingError
 from ..records import plain_value
+from ..structures import only_tensor
 from .batch_norm import check_batch_norm, set_modes, synchronised
 from .batches import EpochBatches, Feed, Inputs, MeanOverFrames, check_training_data, samples, split, takes_events
 from .checkpoint import Checkpoint, Keeper, Training, start_of
@@ -75,7 +76,7 @@ def fit(
     is as before when it ends, and so are the teacher's device and modes.
 
     Args:
-        model: gives [N, C]; a spiking one also every step.
+        model: gives one tensor [N, C]; a spiking one also every step.
         train: training batches by epoch, or any loader that can be iterated again, such as a DataLoader.
         val: batches with labels to measure after each epoch, in the precision of the weights.
         schedule: rates, loss, precision and the rest.
@@ -91,7 +92,8 @@ def fit(
         One result for each epoch, those before a resume included.
 
     Raises:
-        ArgumentError: for an argument of a wrong type, or batches of another form.
+        ArgumentError: for an argument of a wrong type, batches of another form, or a network that returns several
+            tensors.
         TrainingError: if the loss is not finite, the data is empty, or the checkpoint is of another run.
 
     >>> from torch.utils.data import DataLoader, TensorDataset
@@ -128,7 +130,7 @@ def fit_stage(
     schedule.precision.check(device)
     check_batch_norm(schedule.batch_norm, device)
     group = Group.current()
-    feed = Feed.of(train, schedule.seed, group, axis=1 if takes_events(model) else 0)
+    feed = Feed.of(train, schedule.seed, model, group)
     task = Task(stage, model, feed, val, schedule, strategy, teacher)
     with (
         own_random_state(device),
@@ -265,13 +267,14 @@ def _diverged(epoch: int, batch: int, what: str) -> TrainingError:
 def _work(task: Task, inputs: Inputs, y: Tensor | None, seed: int) -> Work:
     """Mix a batch and show it to the teacher."""
     events = takes_events(task.model)
-    inputs, labels = mixed(inputs, y, task.schedule.mixing, seed, batch_axis=1 if events else 0)
+    inputs, labels = mixed(inputs, y, task.schedule.mixing, seed, task.feed.axis)
     if task.teacher is None or task.schedule.distillation is None:
         return Work(inputs, labels, None)
     teacher = task.teacher if not events or takes_events(task.teacher) else MeanOverFrames(task.teacher)
     precision = task.schedule.precision
     with torch.no_grad(), precision.autocast(inputs[0].device):
-        return Work(inputs, labels, widened(teacher(*(stored_input(x, precision) for x in inputs))))
+        outputs = teacher(*(stored_input(x, precision) for x in inputs))
+        return Work(inputs, labels, widened(only_tensor(outputs, "finetune")))
 
 
 def _end_epoch(task: Task, training: Training) -> None:
@@ -325,7 +328,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any], group: Group | None = Non
                 raise TrainingError("validation batches have no labels; expected (x, y). Pass val=None.")
             *inputs, y = group.rows((*whole, labels), axis)
             if len(y):
-                correct += int((model(*inputs).argmax(1) == y).sum())
+                correct += int((only_tensor(model(*inputs), "finetune").argmax(1) == y).sum())
                 count += len(y)
     correct, count = group.sums([correct, count], _device(model))
     if count == 0:

@@ -130,42 +130,71 @@ def _instead_of_batches(data: object) -> str | None:
     return f"Pass a DataLoader or lmh.zoo.Batches, such as {LOADER}."
 
 
-def split_batch(where: str, batch: Any) -> tuple[Tensor, Any]:
-    """Return the input of a batch, and what comes with it, or None.
+def split_batch(where: str, batch: Any, inputs: int = 1) -> tuple[tuple[Tensor, ...], Any]:
+    """Return what a batch holds for a network with k inputs: these, and what follows them as labels, or None.
 
     Args:
         where: the call, for messages.
-        batch: x, or (x,), or (x, y, …).
+        batch: for one input x, (x,) or (x, y, …), for several (x1, …, xk) or (x1, …, xk, y, …).
+        inputs: k.
 
     Returns:
-        x, floating and with a batch axis, and y as it came.
+        The inputs, floating and with a batch axis, and y as it came.
 
     Raises:
-        ArgumentError: for a batch of another form, or an x of whole numbers; saying what to pass.
+        ArgumentError: for a batch of another form, or an input of whole numbers; saying what to pass.
+
+    >>> split_batch("evaluate: data", (torch.zeros(2, 3), [0, 1]))[1]
+    [0, 1]
     """
-    alone = not isinstance(batch, (tuple, list))
-    x = batch if alone else batch[0] if batch else None
+    parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    given = parts[:inputs]
+    if inputs > 1 and (len(given) < inputs or not all(isinstance(x, Tensor) for x in given)):
+        raise refuse(
+            f"{where}: a batch",
+            batch,
+            f"a tuple ({_names(inputs)}) or ({_names(inputs)}, y) of tensors, as the network takes {inputs} inputs",
+            f"Let the loader give tuples of tensors; one batch alone is [({_names(inputs)})].",
+        )
+    for x in given or (None,):
+        _check_input(where, batch, x, inputs)
+    if len({len(x) for x in given}) > 1:
+        shapes = " and ".join(str(list(x.shape)) for x in given)
+        raise ArgumentError(
+            f"{where}: the inputs of a batch have the shapes {shapes}; expected the same first axis. "
+            "Let the loader give as many samples of each."
+        )
+    return given, parts[inputs] if len(parts) > inputs else None
+
+
+def _check_input(where: str, batch: Any, x: Any, inputs: int) -> None:
+    """Refuse what is no input of a batch: no tensor, whole numbers, a single sample."""
     if not isinstance(x, Tensor):
+        alone = not isinstance(batch, (tuple, list))
         what = f"{where}: {'a batch' if alone or not batch else 'the first entry of a batch'}"
         shown = batch if alone or not batch else x
         raise refuse(what, shown, "a tensor [N, *F], alone or first in a tuple (x, y)", _instead_of_batch(shown))
+    what = f"{where}: {'a batch' if inputs == 1 else 'an input of a batch'}"
     if not x.is_floating_point():
         raise refuse(
-            f"{where}: a batch",
+            what,
             x,
             "floating-point values, normalised as the ANN expects",
-            "If these are labels, pass tuples (x, y)."
+            f"If these are labels, pass tuples ({_names(inputs)}, y)."
             if x.ndim < 2
             else "Normalise the images first, as in (x.float() / 255 - mean) / std.",
         )
-    if x.ndim < 2 or x.numel() == 0:
+    if x.ndim < (2 if inputs == 1 else 1) or x.numel() == 0:
         raise refuse(
-            f"{where}: a batch",
+            what,
             x,
             "[N, *F] with N ≥ 1, samples along the first axis",
             "Pass whole batches, such as DataLoader(dataset, batch_size=128); a single sample is x[None].",
         )
-    return x, None if alone or len(batch) == 1 else batch[1]
+
+
+def _names(inputs: int) -> str:
+    return "x" if inputs == 1 else ", ".join(f"x{k}" for k in range(1, inputs + 1))
 
 
 def _instead_of_batch(batch: object) -> str:

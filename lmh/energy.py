@@ -26,9 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from .ops import CONTRACTIONS, Kind, argument, kind_of, module_of, signal_input
+from .gate import Increments
+from .op_table import CONTRACTIONS, Kind
+from .ops import argument, kind_of, module_of, signal_input
 from .records import LayerWork
-from .spiking import SpikingSite
+from .spiking import PerStep, SpikingSite
 from .time_axis import EnterTail, Timed
 
 PICOJOULE_PER_MAC = 4.6
@@ -52,14 +54,33 @@ def picojoules(layers: Sequence[LayerWork]) -> tuple[float, float]:
 
 
 def binary_nodes(snn: fx.GraphModule) -> set[fx.Node]:
-    """Return the nodes whose values are spikes: sites, and what only moves or selects their outputs."""
+    """Return the nodes whose values are spikes: sites, and what only moves, selects or gates their outputs."""
     found: set[fx.Node] = set()
     for node in snn.graph.nodes:
+        module = module_of(node)
         moves = kind_of(node) in (Kind.SHAPE, Kind.MAXPOOL)
         sources = [source for source in node.all_input_nodes if kind_of(source) is not Kind.SIZE]
-        if isinstance(module_of(node), SpikingSite) or (moves and sources and all(s in found for s in sources)):
+        if isinstance(module, Increments):
+            binary = _has_one_threshold(node.all_input_nodes[1])
+        else:
+            binary = isinstance(module, SpikingSite) or (moves and bool(sources) and all(s in found for s in sources))
+        if binary:
             found.add(node)
     return found
+
+
+def _has_one_threshold(spikes: fx.Node) -> bool:
+    """Whether a window of a gate holds spikes of one θ: sites, or channels of them, whose θ stays as it is over time.
+
+    What passes is then spikes of that θ; else it is their differences.
+    """
+    module = module_of(spikes)
+    if isinstance(module, SpikingSite):
+        return not isinstance(module.neuron.granularity, PerStep)
+    if isinstance(module, Increments):
+        return _has_one_threshold(spikes.all_input_nodes[1])
+    joins = spikes.target in (torch.cat, torch.concat, torch.concatenate) and argument(spikes, 1, "dim", 0) == 1
+    return joins and all(_has_one_threshold(source) for source in spikes.all_input_nodes)
 
 
 def tail_nodes(snn: fx.GraphModule) -> set[fx.Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,11 @@ from torch.utils import _pytree as pytree
 from .arguments import check_batches, check_labels, check_network, split_batch
 from .energy import analog_macs, binary_nodes, dense_macs, fan_out, tail_nodes
 from .errors import ArgumentError, DataError
-from .ops import Kind, kind_of, label, module_of, signal_input
+from .op_table import Kind
+from .ops import kind_of, label, module_of, signal_input
 from .records import Evaluation, LayerWork
 from .spiking import SpikingSite
+from .structures import input_count, only_tensor
 from .time_axis import FoldEvents, Readout, Timed, call, time_axis
 
 
@@ -31,7 +33,7 @@ def evaluate(
     Args:
         snn: from :func:`lmh.convert.convert` or :func:`lmh.convert.load`; not changed, run in eval mode.
         data: batches (x, y), or x alone where there are no labels, or one tensor; x as the network takes it,
-            floating and normalised, y whole numbers [N].
+            floating and normalised, y whole numbers [N]. For a network with k inputs, (x1, …, xk, y).
         ann: the source, for its accuracy and for how far the outputs are apart.
         on_batch: told the number of samples done.
 
@@ -39,7 +41,8 @@ def evaluate(
         Accuracies are fractions of 1; one entry for each t = 1…T.
 
     Raises:
-        ArgumentError: if ``snn`` is not a converted graph, or the batches are of another form.
+        ArgumentError: if ``snn`` is not a converted graph or returns several tensors, or the batches are of another
+            form.
         DataError: if the data gives no sample, or labels beyond the network's outputs.
 
     >>> from lmh import zoo
@@ -57,8 +60,9 @@ def evaluate(
     events = any(isinstance(module, FoldEvents) for module in snn.modules())
     if ann is not None:
         check_network("evaluate: ann", ann)
+    inputs = input_count(snn)
     if isinstance(data, Tensor):
-        split_batch("evaluate: data", data)
+        split_batch("evaluate: data", data, inputs)
         data = list(data.split(128, dim=1 if events else 0))
     check_batches("evaluate: data", data)
     modes = [(module, module.training) for model in (snn, ann) if model is not None for module in model.modules()]
@@ -68,15 +72,15 @@ def evaluate(
         snn.eval()
         with torch.no_grad(), call(time, Readout.PREFIXES, None):
             for batch in data:
-                x, y = split_batch("evaluate: data", batch)
-                count = x.shape[1] if events else len(x)
+                given, y = split_batch("evaluate: data", batch, inputs)
+                count = given[0].shape[1 if events else 0]
                 if y is not None:
                     y = check_labels("evaluate: data", y, count).to(like.device)
-                if not torch.isfinite(x).all():
+                if not all(torch.isfinite(x).all() for x in given):
                     raise DataError("the data holds NaN or infinite values; expected finite ones. Check the images.")
-                x = x.to(like)
-                outputs = counter.count(x, count)
-                score.add(outputs, y, None if ann is None else _ann_outputs(ann.eval(), x, events))
+                given = tuple(x.to(like) for x in given)
+                outputs = only_tensor(counter.count(given, count), "evaluate")
+                score.add(outputs, y, None if ann is None else _ann_outputs(ann.eval(), given, events))
                 if on_batch is not None:
                     on_batch(score.samples)
     finally:
@@ -87,8 +91,11 @@ def evaluate(
     return score.result(counter)
 
 
-def _ann_outputs(ann: nn.Module, x: Tensor, events: bool) -> Tensor:
-    return ann(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(0) if events else ann(x)
+def _ann_outputs(ann: nn.Module, inputs: Sequence[Tensor], events: bool) -> Tensor:
+    if not events:
+        return only_tensor(ann(*inputs), "evaluate")
+    outputs = only_tensor(ann(*(x.flatten(0, 1) for x in inputs)), "evaluate")
+    return outputs.unflatten(0, inputs[0].shape[:2]).mean(0)
 
 
 class _Score:
@@ -161,10 +168,10 @@ class _Counter(fx.Interpreter):
         self.uncounted: list[str] = []
         self.batch = 0
 
-    def count(self, x: Tensor, batch: int) -> Tensor:
+    def count(self, inputs: Sequence[Tensor], batch: int) -> Any:
         """Run a batch of ``batch`` samples and return the network's output."""
         self.batch = batch
-        return self.run(x)
+        return self.run(*inputs)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

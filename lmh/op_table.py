@@ -50,6 +50,7 @@ AVGPOOL_MODULES = (
 MAXPOOL_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
 )  # fmt: skip
+ADAPTIVE_MAXPOOL_FUNCTIONS = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
 DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 IDENTITY_MODULES = (nn.Identity, *DROPOUT_MODULES)
 UPSAMPLE_MODULES = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
@@ -86,6 +87,7 @@ DROPOUT_FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.alpha_dropout: nn.AlphaDropout,
     F.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
+ADAPTIVE_MAXPOOL_FUNCTIONS = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
 SYNAPSE_FUNCTIONS: set[Any] = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
 }  # fmt: skip
@@ -97,9 +99,9 @@ _VIEWS = (
     "squeeze", "unsqueeze", "chunk", "split", "unbind", "narrow", "select", "broadcast_to",
 )  # fmt: skip
 _COPIES = ("flip", "roll", "tile", "clone", "index_select", "repeat_interleave")
+CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16")
 _VIEW_METHODS = (
-    "view", "view_as", "reshape_as", "expand", "expand_as", "unfold", "detach", "contiguous", "to", "type", "type_as",
-    "float", "double", "half", "bfloat16", "cpu", "cuda",
+    "view", "view_as", "reshape_as", "expand", "expand_as", "unfold", "detach", "contiguous", "cpu", "cuda", *CASTS,
 )  # fmt: skip
 
 FUNCTION_KINDS: dict[Callable[..., Any], Kind] = {
@@ -121,7 +123,7 @@ FUNCTION_KINDS: dict[Callable[..., Any], Kind] = {
         Kind.SHAPE,
     ),
     **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), Kind.MAXPOOL),
-    **dict.fromkeys((F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d), Kind.MAXPOOL),
+    **dict.fromkeys(ADAPTIVE_MAXPOOL_FUNCTIONS, Kind.MAXPOOL),
     **dict.fromkeys((torch.max_pool1d, torch.max_pool2d, torch.max_pool3d), Kind.MAXPOOL),
     **dict.fromkeys((F.softmax, F.log_softmax, F.sigmoid, F.logsigmoid), Kind.READOUT),
     **dict.fromkeys((torch.softmax, torch.log_softmax, torch.sigmoid), Kind.READOUT),

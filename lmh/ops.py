@@ -10,6 +10,7 @@ import copy
 import operator
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .op_table import (
     ACTIVATION_SPELLINGS,
+    ADAPTIVE_MAXPOOL_FUNCTIONS,
     CLAMPS,
     CONTRACTIONS,
     FUNCTION_KINDS,
@@ -31,18 +33,9 @@ from .op_table import (
     SIZE_ATTRIBUTES,
     SYNAPSE_FUNCTIONS,
     VIEW_MODULES,
+    VIEWS,
     Kind,
 )
-from .op_table import AVGPOOL_MODULES as AVGPOOL_MODULES
-from .op_table import BATCHNORM_MODULES as BATCHNORM_MODULES
-from .op_table import DROPOUT_FUNCTIONS as DROPOUT_FUNCTIONS
-from .op_table import DROPOUT_MODULES as DROPOUT_MODULES
-from .op_table import INSTANCENORM_MODULES as INSTANCENORM_MODULES
-from .op_table import OUT_OF_PLACE as OUT_OF_PLACE
-from .op_table import PAD_MODULES as PAD_MODULES
-from .op_table import SYNAPSE_MODULES as SYNAPSE_MODULES
-from .op_table import UPSAMPLE_MODULES as UPSAMPLE_MODULES
-from .op_table import VIEWS as VIEWS
 
 PATH = "lmh_path"
 
@@ -127,7 +120,8 @@ def kind_of(node: fx.Node) -> Kind:
     """Return what ``node`` does.
 
     Activation functions count as ``ACTIVATION`` whether a rule covers them or not; a clamp does only if it has the
-    form of a ReLU or of a Hardtanh. A product, division or weighted sum of two signals is in no table.
+    form of a ReLU or of a Hardtanh. A product, division or weighted sum of two signals is in no table. The dict or
+    named tuple that is returned counts as ``OUTPUT``.
     """
     match node.op:
         case "placeholder":
@@ -137,15 +131,34 @@ def kind_of(node: fx.Node) -> Kind:
         case "get_attr":
             return Kind.PARAMETER
         case "call_module":
-            return _kind_of_module(module_of(node))  # type: ignore[arg-type]
+            kind = _kind_of_module(module_of(node))  # type: ignore[arg-type]
+            return Kind.SHAPE if kind is Kind.MAXPOOL and _selects(node) else kind
     target: Any = node.target
+    if _is_container(target):
+        return Kind.OUTPUT if all(kind_of(user) is Kind.OUTPUT for user in node.users) else Kind.UNKNOWN
     if target in _BY_ARGUMENTS:
         return _BY_ARGUMENTS[target](node)
     if target in MAYBE_SIZES and not is_tensor(node):
         return Kind.SIZE
     if target in ACTIVATION_SPELLINGS:
         return Kind.ACTIVATION
-    return (FUNCTION_KINDS if node.op == "call_function" else METHOD_KINDS).get(target, Kind.UNKNOWN)
+    kind = (FUNCTION_KINDS if node.op == "call_function" else METHOD_KINDS).get(target, Kind.UNKNOWN)
+    return Kind.SHAPE if kind is Kind.MAXPOOL and _selects(node) else kind
+
+
+def _selects(pool: fx.Node) -> bool:
+    """Whether each window of a max-pool holds one value, as in feature pyramids: it then only leaves values out."""
+    module = module_of(pool)
+    if pool.target in ADAPTIVE_MAXPOOL_FUNCTIONS:
+        return False
+    size = getattr(module, "kernel_size", None) if module is not None else argument(pool, 1, "kernel_size")
+    indices = getattr(module, "return_indices", False) or argument(pool, 6, "return_indices", False)
+    return not indices and (size == 1 or (isinstance(size, tuple | list) and all(side == 1 for side in size)))
+
+
+def _is_container(target: Any) -> bool:
+    """Whether ``target`` makes a dict, named tuple or dataclass: what a network returns, not what it computes."""
+    return isinstance(target, type) and (issubclass(target, dict) or hasattr(target, "_fields") or is_dataclass(target))
 
 
 def _kind_of_module(module: nn.Module) -> Kind:
@@ -321,10 +334,6 @@ def owner_path(node: fx.Node) -> str:
     """Return the path of the module whose forward made this node, "" for the network itself."""
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack.values()))[0] if stack else ""
-
-
-def _joined(owner: str, name: str) -> str:
-    return f"{owner}.{name}" if owner else name
 
 
 def joined(owner: str, name: str) -> str:

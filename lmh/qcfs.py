@@ -47,7 +47,7 @@ def quantize(x: Tensor, v_threshold: Tensor, levels: int) -> Tensor:
         return v_threshold * (share + (_share(levels, share) - share).detach())
     if torch.is_grad_enabled() and (x.requires_grad or v_threshold.requires_grad):
         return _Quantize.apply(x, v_threshold, levels)
-    return _quantized(levels, x, v_threshold)
+    return _quantized(levels, x.dtype, x, v_threshold)
 
 
 def _single(x: Tensor) -> Tensor:
@@ -59,10 +59,8 @@ def _share(levels: int, ratio: Tensor) -> Tensor:
     return (ratio.clamp(0, 1) * levels + 0.5).floor() / levels
 
 
-def _quantized(levels: int, x: Tensor, theta: Tensor) -> Tensor:
-    wide = _single(x)
-    quantised = theta * _share(levels, wide / theta)
-    return quantised if wide is x else quantised.to(x.dtype)
+def _quantized(levels: int, dtype: torch.dtype, x: Tensor, theta: Tensor) -> Tensor:
+    return (theta * _share(levels, _single(x) / theta)).to(dtype)
 
 
 def _slopes(levels: int, axis: int | None, grad: Tensor, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,9 +81,9 @@ class _Quantize(torch.autograd.Function):
         compiled = choose(x, steps=1, training=True) is Kernel.COMPILED
         ctx.layout = _layout(x, v_threshold) if compiled else None
         if ctx.layout is None:
-            return _quantized(levels, x, v_threshold)
+            return _quantized(levels, x.dtype, x, v_threshold)
         theta = ctx.layout.aligned(v_threshold)
-        return ctx.layout.restored(program(_quantized, levels)(ctx.layout.flat(x), theta), x)
+        return ctx.layout.restored(program(_quantized, levels, x.dtype)(ctx.layout.flat(x), theta), x)
 
     @staticmethod
     @once_differentiable

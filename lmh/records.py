@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .structures import SampleShape
+
 
 @dataclass(frozen=True)
 class Spike:
@@ -50,18 +52,20 @@ class Prepared:
     Attributes:
         model: the traced copy, one module for each activation call.
         activations: what the rules say about each, by path, in the order in which they run.
-        sample_shape: shape of one input sample, without batch.
+        sample_shape: shape of one input sample, without batch; of several inputs a shape for each.
         channels: size of axis 1 of each spiking activation, None where channels lie on another axis.
         fates: every node of the source's graph.
         spiking_coverage: share of activation elements that become spikes, 0 to 1.
+        gated: names of the max-pool nodes of ``model`` that are gated where they run in time (:mod:`lmh.gate`).
     """
 
     model: fx.GraphModule
     activations: Mapping[str, Spike | Keep]
-    sample_shape: tuple[int, ...]
+    sample_shape: SampleShape
     channels: Mapping[str, int | None]
     fates: tuple[NodeFate, ...]
     spiking_coverage: float = 1.0
+    gated: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return (

@@ -138,7 +138,7 @@ class Tolerates(Base):
 
 FLOW = [
     AsksBatch, PoolsLargeImages, LoopsOverShape, Asserts, Chunks, LikeEinops, AnyNumberOfInputs, FirstOfInputs,
-    ChecksType, AsksType, AsksAttribute, Options, Length, Tolerates,
+    ChecksType, AsksType, AsksAttribute, Length, Tolerates,
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from lmh.artifact import read_snn, read_tensors
 from lmh.errors import ArgumentError, TrainingError
 from lmh.finetune import FrozenBatchNorm, LiveBatchNorm, Schedule, SyncedBatchNorm, fit
 from lmh.finetune.batch_norm import set_modes, synchronised
-from lmh.finetune.batches import Feed
+from lmh.finetune.batches import Feed, Repeated
 from lmh.finetune.distributed import Group, joined
 from lmh.finetune.optimiser import copied
 
@@ -237,13 +237,13 @@ class TestBatchNorm:
 class TestShares:
     def test_rows_of_loaders_are_cut_and_small_batches_left_out_everywhere(self) -> None:
         loader = [(torch.arange(5.0)[:, None], torch.arange(5)), (torch.ones(1, 1), torch.zeros(1))]
-        shares = [list(Feed.of(loader, 0, Group(rank, 2)).epoch(0)) for rank in range(2)]
+        shares = [list(Feed(Repeated(loader), 0, Group(rank, 2)).epoch(0)) for rank in range(2)]
         assert [[x.flatten().tolist() for x, _ in share] for share in shares] == [[[0, 2, 4]], [[1, 3]]]
         assert [[y.tolist() for _, y in share] for share in shares] == [[[0, 2, 4]], [[1, 3]]]
 
     def test_event_frames_are_cut_along_their_batch(self) -> None:
         loader = [(torch.arange(10.0).reshape(2, 5)[..., None], torch.arange(5))]
-        [(x, y)] = Feed.of(loader, 0, Group(1, 2), axis=1).epoch(0)
+        [(x, y)] = Feed(Repeated(loader), 0, Group(1, 2), axis=1).epoch(0)
         assert x[..., 0].tolist() == [[1, 3], [6, 8]]
         assert y.tolist() == [1, 3]
 

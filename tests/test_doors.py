@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import nets
-from lmh import IF, LMH, PerChannel, evaluate, zoo
+from lmh import IF, LMH, PerChannel, carry_state, evaluate, per_step, prefixes, zoo
 from lmh.calibrate import Max, MinError, calibrate
 from lmh.convert import Conversion, EventFrames, ReluSurgery, convert, load_source, prepare
 from lmh.errors import ArgumentError, LMHError
@@ -236,7 +236,9 @@ def test_a_conversion_in_the_place_of_its_network_is_named(conversion: Conversio
 
 def test_a_spiking_network_is_not_converted_again(conversion: Conversion) -> None:
     for network in (conversion, conversion.snn):
-        with pytest.raises(ArgumentError, match=r"a spiking network already; expected the ANN\. Pass the ANN again"):
+        with pytest.raises(
+            ArgumentError, match=r"a spiking network already \(.*\); expected the ANN\. Pass the ANN again"
+        ):
             convert(network, 2, data=X)  # type: ignore[arg-type]
 
 
@@ -294,3 +296,14 @@ def test_stand_ins_that_are_no_types_are_refused() -> None:
     for stand_ins in (nn.SiLU, [nn.SiLU], ("SiLU",), (nn.SiLU(),)):
         with pytest.raises(ArgumentError, match=r"expected a tuple of module types.*ReluSurgery\(\(nn\.SiLU, nn\.GELU"):
             ReluSurgery(stand_ins)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", [per_step, prefixes, lambda snn, x: carry_state(snn).__enter__()])
+def test_the_record_of_a_conversion_is_no_network(call: Callable[..., object], conversion: Conversion) -> None:
+    with pytest.raises(ArgumentError, match=r"is a Conversion; expected the module .* Pass its \.snn\."):
+        call(conversion, torch.rand(2, 4))
+
+
+def test_one_path_to_keep_in_prepare_is_no_list() -> None:
+    with pytest.raises(ArgumentError, match=r"Pass \['relu'\]"):
+        prepare(nets.two_layers(), (4,), keep="relu")

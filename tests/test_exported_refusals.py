@@ -44,6 +44,13 @@ class FixesBatch(Refused):
         return self.fc(x)
 
 
+class AsksForMoreThanOne(Refused):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1:
+            x = x * 2
+        return self.fc(x)
+
+
 class HalvesBatch(Refused):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x).view(x.shape[0] // 2, 2, 4).sum(1)
@@ -71,6 +78,7 @@ class Averages(Refused):
         (OnValues(), ["test_exported_refusals.py:", "`if x.sum() > 0:`", "values of tensors", "Move the decision"]),
         (LoopsOnValues(), ["`for _ in range(int(x.abs().max())):`", "values of tensors"]),
         (FixesBatch(), ["`if x.shape[0] == 2:`", "fixes the batch size (batch = 2)", "x.size(0)"]),
+        (AsksForMoreThanOne(), ["something else for a batch of one", "Leave the batch size out of decisions"]),
         (HalvesBatch(), ["fixes the batch size (batch = 2*_batch)", "every batch size"]),
         (Counts(), ["overwrites calls", "keeps nothing between calls"]),
         (Averages(), ["overwrites running_mean", "keeps nothing between calls"]),

@@ -273,7 +273,7 @@ class TestWhatTheCallerHolds:
         ours, open_loop = copy.deepcopy(start), copy.deepcopy(start)
         schedule = Schedule(epochs=2, seed=4)
         history = finetune(ours, train, schedule=schedule)
-        task = Task("STBP", open_loop, Feed.of(train, schedule.seed), None, schedule, STBP(), None)
+        task = Task("STBP", open_loop, Feed.of(train, schedule.seed, open_loop), None, schedule, STBP(), None)
         assert run(task, Watch()) == list(history)
         assert same(ours, open_loop)
 

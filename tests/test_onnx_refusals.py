@@ -157,6 +157,8 @@ class TestRefusals:
         strings = make([node("Identity", "x", "y")], {"x": (1, 3)})
         strings.graph.input[0].type.tensor_type.elem_type = TensorProto.STRING
         assert "input x is a tensor of STRING; expected a tensor of numbers" in refusal(strings)
+        strings.graph.input[0].type.tensor_type.elem_type = 45
+        assert "45" in refusal(strings)
 
     def test_damaged_models(self) -> None:
         model = make([node("Gemm", "x,w", "y", "name")], {"x": (1, 4)}, constants={"w": values(4, 3)})
@@ -164,6 +166,8 @@ class TestRefusals:
         assert "no UTF-8" in refusal(damaged)
         model.graph.initializer[0].dims[0] = 3
         assert "initializer w has the shape [3, 3] and other data" in refusal(model)
+        model.graph.initializer[0].data_type = 63
+        assert "63" in refusal(model)
 
     def test_attributes_that_contradict_the_inputs(self) -> None:
         nodes = [node("MaxPool", "x", "y", "pool", kernel_shape=[2, 2], pads=[1, 1])]

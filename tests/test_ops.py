@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lmh.convert import prepare
-from lmh.ops import Kind, is_in_place, is_tensor, kind_of
+from lmh.op_table import Kind
+from lmh.ops import is_in_place, is_tensor, kind_of
 
 
 def kinds(function: object) -> list[Kind]:

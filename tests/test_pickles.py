@@ -209,6 +209,8 @@ class TestUsersModules:
             assert torch.equal(model[1].weight, net[1].weight)
         with pytest.raises(SourceError, match=r"cannot be imported.*--module my_script"):
             convert.load_source("main.pt", trust_pickle=True)
+        with pytest.raises(UnsafePickleError, match=rf"None of {MODULE} defines that class"):
+            convert.load_source("main.pt", modules=(MODULE,))
 
     @pytest.mark.parametrize(
         ("name", "words"),
@@ -252,8 +254,15 @@ class TestUsersModules:
     def test_classes_that_a_module_only_imports_are_not_its_own(self) -> None:
         for name in ("Popen", "subprocess", "call", "Runner", "os", "F"):
             zipped(Call(f"{MODULE}.{name}", "/bin/true").pickled())
-            with pytest.raises(UnsafePickleError, match=rf"{MODULE}\.{name}"):
+            with pytest.raises(UnsafePickleError, match=rf"{MODULE}\.{name};.* only networks and plain data classes"):
                 convert.load_source("model.pt", modules=(MODULE,))
+
+    def test_a_class_inside_another_needs_trust(self) -> None:
+        sys.path.insert(0, str(Path.cwd()))
+        torch.save(importlib.import_module(MODULE).Outer.Inner(), "inner.pt")
+        with pytest.raises(UnsafePickleError, match=r"getattr.*--trust-pickle"):
+            convert.load_source("inner.pt", modules=(MODULE,))
+        assert type(convert.load_source("inner.pt", trust_pickle=True).model).__name__ == "Inner"
 
     def test_the_users_module_does_not_open_the_rest(self) -> None:
         zipped(Call("posix.mkdir", "marker").pickled())
@@ -339,6 +348,14 @@ def test_a_module_that_holds_a_stand_in_is_not_taken_for_what_was_saved() -> Non
         convert.load_source("model.pt")
 
 
+def test_weights_that_nothing_but_a_stand_in_may_hold_are_refused_by_its_name() -> None:
+    saved({"model": Call("lightning.pytorch.Trainer"), "epoch": 3})
+    repickled("model.pt", "model.pt.new", lambda pickled: pickled.replace(
+        f"c{__name__}\nCall\n".encode(), b"clightning.pytorch.trainer\nTrainer\n"))  # fmt: skip
+    with pytest.raises(UnsafePickleError, match=r"names lightning\.pytorch\.trainer\.Trainer; .*--trust-pickle"):
+        convert.load_source("model.pt.new")
+
+
 @pytest.mark.parametrize(
     "net",
     [
@@ -363,6 +380,13 @@ def test_functions_of_torch_that_a_module_keeps_are_allowed_and_others_are_not()
     saved(net)
     with pytest.raises(UnsafePickleError, match=r"torch\.hub\.load"):
         convert.load_source("model.pt")
+
+
+def test_a_module_without_the_attributes_of_its_class_is_refused() -> None:
+    saved(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    repickled("model.pt", "model.pt.new", lambda pickled: pickled.replace(b"_modules", b"_modulez"))
+    with pytest.raises(SourceError, match=r"model\.pt\.new: its module is damaged, or of another version.*_modules"):
+        convert.load_source("model.pt.new")
 
 
 def test_half_precision_modules_become_single() -> None:

@@ -10,10 +10,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import flow_nets
 import nets
-from flow_nets import FLOW, IMAGE, Asserts, Base, Chunks, Length, LikeEinops, LoopsOverShape, OnValues, OnValuesOnly
+from flow_nets import (
+    FLOW,
+    IMAGE,
+    Asserts,
+    Base,
+    Chunks,
+    Length,
+    LikeEinops,
+    LoopsOverShape,
+    OnValues,
+    OnValuesOnly,
+    Options,
+)
 from lmh import QCFS, per_step, sites
 from lmh.convert import DEFAULT_RULES, as_neuron, convert, keep, prepare
 from lmh.convert import tracing as module
@@ -77,6 +90,16 @@ def test_a_network_traced_by_export_runs_at_every_batch_size(kind: type[Base]) -
             torch.testing.assert_close(torch.cat([snn(part) for part in x.split(size)]), whole)
         assert per_step(snn, x[:3]).shape == (4, 3, 3)
     snn.train()(x).sum().backward()
+
+
+def test_optional_inputs_keep_their_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Options().eval()
+    used = by_export(monkeypatch)
+    graph = trace(model, DEFAULT_RULES, IMAGE)
+    x = torch.rand(3, *IMAGE)
+    assert used == []
+    assert [node.name for node in graph.graph.nodes if node.op == "placeholder"] == ["x"]
+    assert torch.equal(graph(x), model(x))
 
 
 def test_symbolic_tracing_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +226,22 @@ class TestGraphs:
         x = torch.rand(5, 4)
         assert torch.allclose(graph(x), model(x), atol=1e-6)
         assert graph.state_dict().keys() == model.state_dict().keys()
+        assert [type(found).__name__ for found in graph.children()] == ["Linear", "ReLU", "Linear"]
         with pytest.raises(ArgumentError, match=r"ExportedProgram.*expected a torch\.nn\.Module.*modules_from_export"):
             convert(program, 2, data=torch.rand(8, 4))
+
+    def test_a_graph_of_make_fx_becomes_modules(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+        graph = make_fx(model)(torch.rand(2, 4))
+        conversion = convert(graph, 4, data=torch.rand(8, 4))
+        assert len(sites(conversion.snn)) == 1
+        x = torch.rand(5, 4)
+        assert torch.allclose(conversion.prepared.model(x), model(x), atol=1e-6)
+
+    def test_a_program_of_one_batch_size_is_refused_with_advice(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+        with pytest.raises(AuditError, match="fixes the batch size"):
+            convert(torch.export.export(model, (torch.rand(2, 4),)).module(), 2, data=torch.rand(8, 4))
 
     def test_a_rule_makes_a_module_of_a_graph_a_leaf(self) -> None:
         class Mine(nn.Module):
@@ -243,7 +280,7 @@ def test_what_is_no_ann_is_refused_as_what_it_is() -> None:
         convert("net.pt", 2, example_input=torch.rand(1, 4))  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"TorchScript.*model\.load_state_dict\(scripted\.state_dict\(\)\)"):
         convert(torch.jit.script(net), 2, data=torch.rand(8, 4))
-    with pytest.raises(ArgumentError, match=r"spiking neurons already \(1\); expected an ANN"):
+    with pytest.raises(ArgumentError, match=r"a spiking network already \(.*\); expected the ANN\. Pass the ANN again"):
         convert(convert(net, 2, data=torch.rand(8, 4)).snn, 2, data=torch.rand(8, 4))
 
 
