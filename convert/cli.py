@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
@@ -29,6 +30,9 @@ from .pipeline import Conversion, convert
 from .prepare import examine
 from .rules import ReluSurgery
 from .storage import save
+
+if TYPE_CHECKING:
+    from ..finetune.cli_training import Training
 
 _POSITIVE = click.IntRange(min=1)
 
@@ -131,7 +135,7 @@ def convert_command(
         source=source,
         timesteps=timesteps,
         amounts=Amounts(calibration_samples, train_samples, test_samples, seed),
-        device=_device(device),
+        device=device_of(device),
         output=output or default_output(source, timesteps),
         surgery=ReluSurgery() if surgery == "relu" else None,
         maxpool=MAXPOOLS[maxpool],
@@ -156,7 +160,8 @@ def default_output(source: str, timesteps: int) -> Path:
     return Path(f"{name}-snn-T{timesteps}.safetensors")
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Return the device that ``--device`` names."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise click.UsageError(
@@ -167,7 +172,7 @@ def _device(name: str) -> torch.device:
 
 def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
     """Load, convert, measure, fine-tune, save. Return the result as plain values."""
-    _check_output(job)
+    check_output(job.output, job.source, job.data, job.exports)
     torch.manual_seed(job.amounts.seed)
     source, inputs = _open(job, terminal)
     source.model.to(job.device)
@@ -175,9 +180,12 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
     for notice in conversion.report.notices:
         terminal.notice(notice)
     before = _evaluate(conversion, source, inputs, terminal, "measuring")
-    after = None
-    if job.epochs:
-        _finetune(job, conversion, source, inputs, terminal)
+    after, stages, facts = None, [], {"epochs": 0}
+    training = _training(job, conversion, source, inputs) if job.epochs else None
+    if training is not None:
+        tuned = training.run(terminal)
+        stages = training.stages(tuned, terminal)
+        conversion, facts = tuned.conversion or conversion, training.facts(tuned)
         after = _evaluate(conversion, source, inputs, terminal, "measuring again")
     result = describe_network(
         conversion.snn,
@@ -186,12 +194,13 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         nodes=conversion.report.nodes(),
         evaluation=after or before,
         training_free=before if after else None,
+        stages=stages,
         output=str(job.output),
         notices=(*inputs.notices, *conversion.report.notices),
     )
     metrics = {
         key: result[key]
-        for key in ("samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error", "training_free")
+        for key in ("samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error", "training_free", "stages")
     }
     save(
         conversion,
@@ -202,12 +211,12 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         command=command_line(),
         data=job.data,
         samples=f"{inputs.order}; {inputs.training}" if job.epochs else inputs.order,
-        epochs=job.epochs,
         nodes=result["nodes"],
         preprocessing={**plain_value(inputs.preprocessing), "assumed": list(inputs.assumed)},
+        **facts,
     )
-    if job.epochs:
-        _checkpoint(job).unlink(missing_ok=True)
+    if training is not None:
+        training.forget()
     for name, file in zip(job.exports, export_files(job.output, job.exports), strict=True):
         with terminal.stage(f"exporting to {name}", None):
             result["exports"].append(export_as(name, conversion, file).to_json())
@@ -239,27 +248,22 @@ def _open(job: Job, terminal: Terminal) -> tuple[Source, Inputs]:
     return source, inputs
 
 
-def _checkpoint(job: Job) -> Path:
-    """Where a training that is cut goes on from; kept until the network is written."""
-    return job.output.with_name(f"{job.output.name}.training")
-
-
-def _check_output(job: Job) -> None:
+def check_output(output: Path, source: str, data: str | None, exports: Sequence[str] = ()) -> None:
     """Find out before the work whether the result can be written."""
-    inputs = {"the source": user_path(job.source), "the data": user_path((job.data or "").partition(":")[2])}
-    for file in (job.output, *export_files(job.output, job.exports)):
+    inputs = {"the source": user_path(source), "the data": user_path((data or "").partition(":")[2])}
+    for file in (output, *export_files(output, exports)):
         for what, path in inputs.items():
             if is_there(path) and is_there(file) and file.samefile(path):
                 raise click.UsageError(
                     f"{file} is {what}, which is never overwritten. Choose another file with --output."
                 )
     try:
-        with tempfile.NamedTemporaryFile(prefix=f".{job.output.name}.", dir=job.output.parent):
+        with tempfile.NamedTemporaryFile(prefix=f".{output.name}.", dir=output.parent):
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ArtifactError(
-            f"{job.output}: cannot be written ({reason}); expected a writable folder and a plain file name. "
+            f"{output}: cannot be written ({reason}); expected a writable folder and a plain file name. "
             "Choose another --output."
         ) from error
 
@@ -309,28 +313,16 @@ def _evaluate(
         return evaluate(conversion.snn, inputs.test, ann=source.model, on_batch=on_batch)
 
 
-def _finetune(job: Job, conversion: Conversion, source: Source, inputs: Inputs, terminal: Terminal) -> None:
-    from ..finetune import Schedule, finetune
+def _training(job: Job, conversion: Conversion, source: Source, inputs: Inputs) -> Training:
+    """Return the training that ``--finetune`` asks for, with the recipe that ``lmh finetune`` has by default."""
+    from ..finetune import Checkpoint
+    from ..finetune.cli_training import Training, default_recipe
 
     if inputs.train is None or getattr(inputs.train.split, "labels", None) is None:
         raise DataError(f"{job.data}: no labelled training samples; expected some for --finetune.")
-    terminal.notice(f"Samples: {inputs.training}.")
-    with terminal.stage("fine-tuning", job.epochs * len(inputs.train)) as advance:
-        finetune(
-            conversion.snn,
-            inputs.train,
-            inputs.val,
-            schedule=Schedule(epochs=job.epochs, seed=job.amounts.seed),
-            teacher=source.model,
-            checkpoint=_checkpoint(job),
-            on_batch=lambda epoch, _index, loss: advance(1, f"epoch {epoch + 1}, loss {loss:.3f}"),
-            on_epoch=lambda result: terminal.notice(_epoch_line(result, job.epochs)),
-        )
-
-
-def _epoch_line(result: Any, epochs: int) -> str:
-    measured = "" if result.val_accuracy is None else f", held-out accuracy {100 * result.val_accuracy:.2f} %"
-    return f"epoch {result.epoch + 1} of {epochs}: loss {result.loss:.4f}{measured}"
+    recipe = default_recipe(conversion, job.epochs, inputs.train, job.amounts.seed)
+    checkpoint = Checkpoint(job.output.with_name(f"{job.output.name}.training"))
+    return Training(conversion, recipe, inputs, source.model, checkpoint)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from .files import FileKind, kind_of_file
 def inspect_command(file: str, as_json: bool, **options: Any) -> None:
     """Say what FILE is: a spiking network (or zoo:NAME), a model file of any kind, or an export. Nothing is run."""
     path = zoo.snn_path(file) if file.startswith("zoo:") else user_path(file)
-    if not _is_spiking(path):
+    if not is_spiking(path):
         known = describe_file(path, **options)
         click.echo(json.dumps(known) if as_json else "\n".join(file_lines(known)))
         return
@@ -43,7 +43,7 @@ def inspect_command(file: str, as_json: bool, **options: Any) -> None:
             click.echo(f"{key}: {_text(manifest[key])}")
 
 
-def _is_spiking(path: Path) -> bool:
+def is_spiking(path: Path) -> bool:
     """Whether a file is one of ours, damaged or not."""
     try:
         return kind_of_file(path) is FileKind.SAFETENSORS and read_tensors(path)[1].get("format") == FORMAT

@@ -51,12 +51,12 @@ def report_command(
     terminal = Terminal(results=not as_json)
     snn = load(file, source, trust_pickle=trust_pickle, modules=modules)
     manifest = snn.meta[MANIFEST]
-    preprocessing, assumed = _preprocessing(manifest, overrides)
+    preprocessing, assumed = stored_preprocessing(manifest, overrides)
     test = zoo.load_data(data, input_size=preprocessing.input_size).test
     order = zoo.seeded_order(test, seed)[:test_samples]
     timesteps = manifest["recipe"]["timesteps"]
     batches = Batches(test, preprocessing, evaluation_batch(preprocessing, timesteps), order)
-    ann, notices = _source_ann(manifest["source"], source, trust_pickle, modules)
+    ann, notices = source_ann(manifest["source"], source, trust_pickle, modules)
     notices += assumption_notices(preprocessing, assumed)
     notices.append(f"Samples: test {len(order)} of {len(test)} in the order of seed {seed}.")
     for notice in notices:
@@ -73,7 +73,7 @@ def report_command(
         print_result(terminal.out, result)
 
 
-def _preprocessing(
+def stored_preprocessing(
     manifest: dict[str, Any], overrides: Mapping[str, tuple[Any, ...] | None]
 ) -> tuple[Preprocessing, list[str]]:
     """Return what turns images into input, and which of its fields nobody ever named.
@@ -106,7 +106,7 @@ def _preprocessing(
     return preprocessing, [name for name in stored.get("assumed", []) if name not in given]
 
 
-def _source_ann(
+def source_ann(
     record: dict[str, Any], source: str | None, trust_pickle: bool, modules: tuple[str, ...]
 ) -> tuple[Any, list[str]]:
     """Return the ANN to compare with, if it is at hand and still the one that was converted."""

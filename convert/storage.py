@@ -17,7 +17,7 @@ from ..artifact import file_digest, is_there, read_snn, user_path, versions, wri
 from ..errors import ArgumentError, ArtifactError, AuditError
 from ..records import Calibration, frozen_value, plain_value
 from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, sites
-from ..surrogates import Arctan, Rectangle, Sigmoid, Triangle
+from ..surrogates import Arctan, Dspike, Rectangle, Sigmoid, Triangle
 from .loading import load_again
 from .maxpool import AveragePool, BeforeNeuron, Gated
 from .pipeline import Conversion, Recipe, assemble
@@ -40,6 +40,7 @@ _TYPES = {
         Rectangle,
         Sigmoid,
         Arctan,
+        Dspike,
         DirectCoding,
         EventFrames,
         StandIns,

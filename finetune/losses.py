@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .mixing import MixedLabels
 
 
 class Loss(Protocol):
@@ -96,15 +97,25 @@ class Distillation:
 
 
 def combined(
-    loss: Loss, distillation: Distillation, outputs: Tensor, labels: Tensor | None, teacher: Tensor | None
+    loss: Loss,
+    distillation: Distillation | None,
+    outputs: Tensor,
+    labels: Tensor | MixedLabels | None,
+    teacher: Tensor | None,
 ) -> Tensor:
     """Return the whole loss of a batch: labels, teacher, or both by ``distillation.weight``."""
     mean = outputs.mean(0) if loss.per_step else outputs
-    if teacher is None:
+    if teacher is None or distillation is None:
         if labels is None:
             raise ArgumentError("finetune: the batches have no labels and no teacher= was given; expected one of them.")
-        return loss(outputs, labels)
+        return _hard(loss, outputs, labels)
     if labels is None:
         return distillation(mean, teacher)
-    hard = loss(outputs, labels) if distillation.weight < 1 else torch.zeros((), device=mean.device)
+    hard = _hard(loss, outputs, labels) if distillation.weight < 1 else torch.zeros((), device=mean.device)
     return (1 - distillation.weight) * hard + distillation.weight * distillation(mean, teacher)
+
+
+def _hard(loss: Loss, outputs: Tensor, labels: Tensor | MixedLabels) -> Tensor:
+    if isinstance(labels, Tensor):
+        return loss(outputs, labels)
+    return labels.share * loss(outputs, labels.first) + (1 - labels.share) * loss(outputs, labels.second)

@@ -17,6 +17,7 @@ from .errors import LMHError
 COMMANDS = {
     "convert": ("lmh.convert.cli", "convert_command", "Convert a model to a spiking network (lmh-convert)."),
     "export": ("lmh.convert.export_cli", "export_command", "Write a saved network as ONNX, torch.export or NIR."),
+    "finetune": ("lmh.finetune.cli", "finetune_command", "Train a spiking network, or an ANN to one."),
     "inspect": ("lmh.convert.inspect_cli", "inspect_command", "Say what a saved network or a model file is made of."),
     "report": ("lmh.convert.report_cli", "report_command", "Load a saved network and measure it on data."),
     "zoo": ("lmh.zoo.cli", "zoo_group", "List, show and train the zoo's networks."),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .errors import ArgumentError
+from .kernels import Kernel, choose, program
 
 RAW_LIMIT = 60.0
 
@@ -25,10 +28,11 @@ def positive(base: Tensor, raw: Tensor) -> Tensor:
 def quantize(x: Tensor, v_threshold: Tensor, levels: int) -> Tensor:
     """q(x) = θ clip(⌊x L/θ + 1/2⌋, 0, L)/L, with the gradient passed straight through the floor.
 
-    With L = T, v_init = θ/2, the IF preset and a constant current x this is the neuron's mean output.
+    So dq/dx = 1 for 0 ≤ x ≤ θ, else 0, and dq/dθ = q/θ − x/θ for 0 ≤ x ≤ θ, else q/θ; the backward pass keeps x and θ
+    alone. With L = T, v_init = θ/2, the IF preset and a constant current x this is the neuron's mean output.
 
     Args:
-        x: pre-activation, any shape.
+        x: pre-activation, any shape. 16-bit values are quantised in float32.
         v_threshold: θ > 0, broadcast against ``x``, in its unit.
         levels: L ≥ 1.
 
@@ -38,9 +42,119 @@ def quantize(x: Tensor, v_threshold: Tensor, levels: int) -> Tensor:
     >>> quantize(torch.tensor([-1.0, 0.3, 0.6, 9.0]), torch.tensor(1.0), 4)
     tensor([0.0000, 0.2500, 0.5000, 1.0000])
     """
-    y = (x / v_threshold).clamp(0, 1) * levels + 0.5
-    y = y + (y.floor() - y).detach()
-    return v_threshold * (y / levels)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        share = (x / v_threshold).clamp(0, 1)
+        return v_threshold * (share + (_share(levels, share) - share).detach())
+    if torch.is_grad_enabled() and (x.requires_grad or v_threshold.requires_grad):
+        return _Quantize.apply(x, v_threshold, levels)
+    return _quantized(levels, x.dtype, x, v_threshold)
+
+
+def _single(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _share(levels: int, ratio: Tensor) -> Tensor:
+    """q/θ from x/θ."""
+    return (ratio.clamp(0, 1) * levels + 0.5).floor() / levels
+
+
+def _quantized(levels: int, dtype: torch.dtype, x: Tensor, theta: Tensor) -> Tensor:
+    return (theta * _share(levels, _single(x) / theta)).to(dtype)
+
+
+def _slopes(levels: int, axis: int | None, grad: Tensor, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient by x, and the terms of the one by θ, summed over an axis if one is named."""
+    ratio = _single(x) / theta
+    inside = (ratio >= 0) & (ratio <= 1)
+    terms = grad * (_share(levels, ratio) - torch.where(inside, ratio, 0))
+    return torch.where(inside, grad, 0).to(x.dtype), terms if axis is None else terms.sum(axis)
+
+
+class _Quantize(torch.autograd.Function):
+    """:func:`quantize` with its backward pass written out, compiled where the work is worth it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, v_threshold: Tensor, levels: int) -> Tensor:
+        ctx.save_for_backward(x, v_threshold)
+        ctx.levels = levels
+        compiled = choose(x, steps=1, training=True) is Kernel.COMPILED
+        ctx.layout = _layout(x, v_threshold) if compiled else None
+        if ctx.layout is None:
+            return _quantized(levels, x.dtype, x, v_threshold)
+        theta = ctx.layout.aligned(v_threshold)
+        return ctx.layout.restored(program(_quantized, levels, x.dtype)(ctx.layout.flat(x), theta), x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grads
+        x, v_threshold = ctx.saved_tensors
+        layout: _Layout | None = ctx.layout
+        if layout is None:
+            by_x, terms = _slopes(ctx.levels, None, grad, x, v_threshold)
+            return by_x, terms.sum_to_size(v_threshold.shape), None
+        axis = -1 if layout is _Layout.ROWS else 0
+        tensors = (layout.flat(layout.like(grad)), layout.flat(x), layout.aligned(v_threshold))
+        by_x, sums = program(_slopes, ctx.levels, axis)(*tensors)
+        by_theta = sums.sum(0) if layout is _Layout.ROWS else sums
+        return layout.restored(by_x, x), by_theta.reshape(v_threshold.shape), None
+
+
+class _Layout(Enum):
+    """How compiled programs see x: in the order in which it lies in memory, with few axes."""
+
+    FLAT = "[M], one θ for all"
+    FLAT_LAST = "[M] in the order [N, H, W, C]"
+    ROWS = "[N, C, L], the positions of a channel side by side"
+    COLUMNS = "[N, C]"
+    COLUMNS_LAST = "[N·H·W, C], the channels of a position side by side"
+
+    @property
+    def last(self) -> bool:
+        """Whether x is stored in the order [N, H, W, C]."""
+        return self in (_Layout.FLAT_LAST, _Layout.COLUMNS_LAST)
+
+    def like(self, x: Tensor) -> Tensor:
+        """Return ``x`` stored in this order."""
+        return x.contiguous(memory_format=torch.channels_last if self.last else torch.contiguous_format)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Return a view of ``x``."""
+        if self is _Layout.ROWS:
+            return x.flatten(2)
+        stored = x.permute(0, 2, 3, 1) if self.last else x
+        return stored.reshape(-1) if self in (_Layout.FLAT, _Layout.FLAT_LAST) else stored.flatten(0, -2)
+
+    def restored(self, flat: Tensor, x: Tensor) -> Tensor:
+        """Return a result as a view in the shape of ``x``."""
+        if not self.last:
+            return flat.view(x.shape)
+        return flat.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+
+    def aligned(self, theta: Tensor) -> Tensor:
+        """Return θ as it broadcasts against the view."""
+        if self in (_Layout.FLAT, _Layout.FLAT_LAST):
+            return theta.reshape(())
+        return theta.reshape(-1, 1) if self is _Layout.ROWS else theta.reshape(-1)
+
+
+def _layout(x: Tensor, theta: Tensor) -> _Layout | None:
+    """Return how x lies in memory; None where no compiled program is made for it."""
+    last = not x.is_contiguous() and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if not (last or x.is_contiguous()):
+        return None
+    if theta.numel() == 1:
+        return _Layout.FLAT_LAST if last else _Layout.FLAT
+    if x.ndim < 2 or theta.shape != (x.shape[1], *[1] * (x.ndim - 2)):
+        return None
+    if last:
+        return _Layout.COLUMNS_LAST
+    return _Layout.COLUMNS if x.ndim == 2 else _Layout.ROWS
+
+
+def _numbers(value: float | Tensor) -> object:
+    return value.tolist() if isinstance(value, Tensor) else value
 
 
 class QCFS(nn.Module):
@@ -48,8 +162,9 @@ class QCFS(nn.Module):
 
     Args:
         levels: L, the number of quantisation steps.
-        v_threshold: θ₀ at the start. The authors start at 8.
-        channels: one θ for each channel (axis 1) instead of one for the layer.
+        v_threshold: θ₀ at the start, or [channels] of them. The authors start at 8.
+        channels: one θ for each channel (axis 1) instead of one for the layer; not needed where ``v_threshold`` has
+            one for each.
 
     Shapes: any [N, *F] or, with ``channels``, [N, channels, *F]; the output has the input's shape.
 
@@ -57,17 +172,23 @@ class QCFS(nn.Module):
     0.25
     """
 
-    def __init__(self, levels: int = 4, v_threshold: float = 8.0, channels: int | None = None) -> None:
+    def __init__(self, levels: int = 4, v_threshold: float | Tensor = 8.0, channels: int | None = None) -> None:
         super().__init__()
         if levels < 1:
             raise ArgumentError(f"QCFS: levels is {levels}; expected at least 1.")
-        if not (v_threshold > 0 and math.isfinite(v_threshold)):
-            raise ArgumentError(f"QCFS: v_threshold is {v_threshold}; expected a finite number above 0.")
+        theta = torch.as_tensor(v_threshold).detach().float()
+        if not bool(((theta > 0) & theta.isfinite()).all()):
+            raise ArgumentError(f"QCFS: v_threshold is {_numbers(v_threshold)}; expected a finite number above 0.")
+        shape = tuple(theta.shape) if channels is None else (channels,)
+        if theta.ndim > 1 or (theta.ndim == 1 and shape != tuple(theta.shape)):
+            raise ArgumentError(
+                f"QCFS: v_threshold has shape {list(theta.shape)} and channels is {channels}; expected [] or "
+                f"[{channels or 'channels'}]. Pass one θ, or one for each channel."
+            )
         self.levels = levels
         self.base_threshold: Tensor
-        shape = () if channels is None else (channels,)
-        self.register_buffer("base_threshold", torch.full(shape, float(v_threshold)))
-        self.raw_threshold = nn.Parameter(torch.zeros(shape))
+        self.register_buffer("base_threshold", theta.expand(shape).clone())
+        self.raw_threshold = nn.Parameter(torch.zeros(shape, device=theta.device))
 
     @property
     def v_threshold(self) -> Tensor:

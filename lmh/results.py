@@ -21,6 +21,7 @@ def describe_network(
     nodes: Mapping[str, Sequence[str]],
     evaluation: Evaluation | None,
     training_free: Evaluation | None = None,
+    stages: Sequence[tuple[str, Evaluation]] = (),
     output: str | None = None,
     notices: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def describe_network(
         nodes: paths by fate: converted, kept, refused.
         evaluation: of the network as it is now, or None without data.
         training_free: of the network before fine-tuning, or None.
+        stages: of what the network was on its way, by words such as ``after QCFS``, each beside its own ANN.
         output: file that it was written to.
         notices: sentences for the user.
     """
@@ -43,6 +45,7 @@ def describe_network(
         "calibration": calibration,
         **_figures(evaluation),
         "training_free": _figures(training_free) if training_free else None,
+        "stages": [{"name": name, **_figures(found)} for name, found in stages],
         "sites": [_site(path, site, rates.get(path)) for path, site in sites(snn).items()],
         "nodes": {fate: list(paths) for fate, paths in nodes.items()},
         "energy": _energy(evaluation) if evaluation else None,

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .errors import ArgumentError
+
 
 class Surrogate(Protocol):
     """What every surrogate offers. u = (m_S − θ)/θ has no unit."""
@@ -91,3 +93,40 @@ class Arctan:
     def primitive(self, u: Tensor) -> Tensor:
         """Return arctan(π α u/2)/π + 1/2."""
         return torch.atan(math.pi / 2 * self.alpha * u) / math.pi + 0.5
+
+
+@dataclass(frozen=True)
+class Dspike:
+    """S(u) = (tanh(b u/2γ) + tanh(b/2)) / (2 tanh(b/2)) for |u| < γ, its slope outside 0 (Li et al., NeurIPS 2021).
+
+    A small temperature b makes it a ramp, a large one a step. The authors write it for potentials in (0, 1) with the
+    threshold in the middle, which is γ = 1 here, and adapt b while they train; here it stays.
+
+    Attributes:
+        temperature: b.
+        gamma: γ, half the width in units of θ.
+
+    >>> Dspike(temperature=3.0).primitive(torch.tensor([-2.0, 0.0, 2.0]))
+    tensor([0.0000, 0.5000, 1.0000])
+    """
+
+    temperature: float = 3.0
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.temperature < math.inf and 0 < self.gamma < math.inf):
+            raise ArgumentError(
+                f"Dspike: temperature {self.temperature} and gamma {self.gamma} came; expected finite numbers above 0. "
+                "Pass Dspike(temperature=3.0), say."
+            )
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Return ds/du at ``u``."""
+        half = self.temperature / 2
+        slope = 1 - torch.tanh(half / self.gamma * u) ** 2
+        return torch.where(u.abs() < self.gamma, slope * (half / (2 * self.gamma * math.tanh(half))), 0.0)
+
+    def primitive(self, u: Tensor) -> Tensor:
+        """Return S(u), from 0 to 1."""
+        half = self.temperature / 2
+        return torch.tanh(half * (u / self.gamma).clamp(-1, 1)) / (2 * math.tanh(half)) + 0.5

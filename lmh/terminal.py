@@ -136,10 +136,15 @@ def _accuracy_table(result: dict[str, Any]) -> Table:
 
     if result["ann_accuracy"] is not None:
         table.add_row("ANN", *[""] * (len(steps) - 1), f"{100 * result['ann_accuracy']:.2f}")
+    figures = "snn_accuracy" if labelled else "agreement"
     tuned = result["training_free"] is not None
     if tuned:
-        row("SNN, training-free", result["training_free"]["snn_accuracy" if labelled else "agreement"])
-    row("SNN, fine-tuned" if tuned else "SNN", result["snn_accuracy" if labelled else "agreement"])
+        row("SNN, training-free", result["training_free"][figures])
+    for stage in result["stages"]:
+        if stage["ann_accuracy"] is not None:
+            table.add_row(f"ANN, {stage['name']}", *[""] * (len(steps) - 1), f"{100 * stage['ann_accuracy']:.2f}")
+        row(f"SNN, {stage['name']}", stage[figures])
+    row("SNN, fine-tuned" if tuned or result["stages"] else "SNN", result[figures])
     if result["output_error"] is not None:
         table.caption = f"relative output error at T: {result['output_error']:.3f}"
         table.caption_justify = "left"

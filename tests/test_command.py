@@ -23,7 +23,7 @@ STEPS, SAMPLES = 3, 60
 DATA = ("--data", "digits", "--calibration-samples", 64, "--test-samples", SAMPLES)
 TUNED = ("--finetune", 2, "--train-samples", 200)
 FIGURES = {"samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error"}
-OTHERS = "source timesteps calibration training_free sites nodes energy output exports notices"
+OTHERS = "source timesteps calibration training_free stages sites nodes energy output exports notices"
 KEYS = FIGURES | set(OTHERS.split())
 ZOO = ("zoo:digits-cnn", "-T", STEPS)
 SITES = ["stem.2", "block.relu1", "block.relu2", "down.2"]
@@ -246,7 +246,7 @@ def test_the_manifest_says_how_the_file_came_about(tuned: Job) -> None:
     result = tuned.printed.result
     assert manifest == read_snn(tuned.file)[1]
     assert manifest["source"]["architecture"] == "digits-cnn"
-    assert manifest["metrics"] == {key: result[key] for key in (*FIGURES, "training_free")}
+    assert manifest["metrics"] == {key: result[key] for key in (*FIGURES, "training_free", "stages")}
     assert (manifest["seed"], manifest["epochs"], manifest["data"]) == (0, 2, "digits")
     assert manifest["calibration"] == {
         "policy": "MinError(levels_per_step=0.5, base_levels=2, per channel)",
@@ -318,7 +318,7 @@ def test_the_installed_programs_start(program: list[str | Path], words: list[str
     assert [word for word in words if word not in done.stdout] == []
 
 
-@pytest.mark.parametrize("name", ["convert", "inspect", "report", "zoo"])
+@pytest.mark.parametrize("name", ["convert", "finetune", "inspect", "report", "zoo"])
 def test_every_command_explains_itself(name: str) -> None:
     printed = command(name, "--help")
     assert printed.status == 0

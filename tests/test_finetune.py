@@ -19,8 +19,12 @@ from lmh.calibrate import Max
 from lmh.convert import EventFrames, convert
 from lmh.errors import ArgumentError, TrainingError
 from lmh.finetune import TET, CrossEntropy, Distillation, Schedule, finetune, fit
+from lmh.finetune.batches import Feed
 from lmh.finetune.losses import combined
-from lmh.finetune.trainer import _as_teacher, _run, accuracy, neuron_parameters
+from lmh.finetune.optimiser import neuron_parameters
+from lmh.finetune.reporting import Watch
+from lmh.finetune.strategies import STBP
+from lmh.finetune.trainer import Task, accuracy, as_teacher, run
 from lmh.zoo import Batches, CropFlip, DataSet
 
 
@@ -131,7 +135,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(start: nn.Module, train:
             batches = list(train.at_epoch(epoch))
             return batches if epoch == 0 else [(x * float("nan"), y) for x, y in batches]
 
-    with pytest.raises(TrainingError, match=r"epoch 2, batch 1: the gradient is nan.*Lower lr"):
+    with pytest.raises(TrainingError, match=r"epoch 2, batch 1: the gradient is nan; it began in the batch.*Lower lr"):
         finetune(start, Poisoned(), epochs=3, checkpoint=file)
     assert file.exists()
     assert all(torch.isfinite(parameter).all() for parameter in start.parameters())
@@ -239,7 +243,7 @@ class TestWhatTheCallerHolds:
                 moves.append(str(device))
                 return self
 
-        with _as_teacher(Moves(), torch.device("meta")):
+        with as_teacher(Moves(), torch.device("meta")):
             assert moves == ["meta"]
         assert moves == ["meta", "cpu"]
 
@@ -269,7 +273,8 @@ class TestWhatTheCallerHolds:
         ours, open_loop = copy.deepcopy(start), copy.deepcopy(start)
         schedule = Schedule(epochs=2, seed=4)
         history = finetune(ours, train, schedule=schedule)
-        assert _run(open_loop, train, None, schedule, None, None, None, None) == history
+        task = Task("STBP", open_loop, Feed.of(train, schedule.seed, open_loop), None, schedule, STBP(), None)
+        assert run(task, Watch()) == list(history)
         assert same(ours, open_loop)
 
 

@@ -24,7 +24,7 @@ from lmh.arguments import split_batch
 from lmh.calibrate import BatchNormStatistics, Max, refit, stand_ins
 from lmh.convert import Conversion, EventFrames, ReluSurgery, convert, load, prepare, save
 from lmh.convert.export import Project, export_nir, export_onnx, export_pt2
-from lmh.convert.report_cli import _preprocessing
+from lmh.convert.report_cli import stored_preprocessing
 from lmh.errors import ArgumentError, ArtifactError, AuditError, CalibrationError
 from lmh.evaluation import Evaluation
 from lmh.finetune import TET, Schedule, finetune
@@ -360,7 +360,7 @@ class TestInputs:
         assert again.meta["lmh_manifest"]["recipe"]["sample_shape"] == [[4], [5]]
         assert json.dumps(again.meta["lmh_manifest"]["recipe"])
         with pytest.raises(UsageError, match=r"takes 2 inputs; expected one of images.*lmh\.evaluate"):
-            _preprocessing(again.meta["lmh_manifest"], {})
+            stored_preprocessing(again.meta["lmh_manifest"], {})
 
     def test_without_data_batchnorm_is_enough(self) -> None:
         class Norms(Two):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ from lmh.kernels import Kernel, use_kernel
 from lmh.neurons import Coefficients, State, fire, lmh_run, lmh_step
 from lmh.qcfs import QCFS
 from lmh.spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, SpikingSite, bounded
-from lmh.surrogates import Arctan, Rectangle, Sigmoid, Surrogate, Triangle
+from lmh.surrogates import Arctan, Dspike, Rectangle, Sigmoid, Surrogate, Triangle
 from lmh.time_axis import FoldEvents, LeaveTime, TimeAxis, carry_state, per_step
 
 
@@ -36,7 +37,7 @@ def _reference() -> ModuleType:
 oracle = _reference()
 NAMES = ("lambda_s", "lambda_d", "mu_s", "mu_d")
 RAWS = ("raw_threshold", *(f"raw_{name}" for name in NAMES), "v_init")
-SURROGATES = [Triangle(), Triangle(0.5), Rectangle(), Sigmoid(), Arctan()]
+SURROGATES = [Triangle(), Triangle(0.5), Rectangle(), Sigmoid(), Arctan(), Dspike(), Dspike(1.0, 0.5)]
 GRANULARITIES = [PerLayer(), PerChannel(), PerStep()]
 WRONG_STEPS = [oracle.wrong_dendrite_reads_later_soma, oracle.wrong_reset_without_theta]
 TOLERANCE = 1e-12
@@ -254,6 +255,21 @@ def test_primitive_of_the_surrogate_rises_from_0_to_1_with_its_slope(surrogate: 
     assert _distance(surrogate(u), numerical.numpy()) < 1e-8
     ends = surrogate.primitive(torch.tensor([-1e9, 0.0, 1e9], dtype=torch.float64))
     assert _distance(ends, np.array([0.0, 0.5, 1.0])) < 1e-8
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0, 20.0])
+def test_dspike_is_the_formula_of_its_authors(temperature: float) -> None:
+    """For x in (0, 1) and a threshold of 1/2: a tanh(b (x − 1/2)) + 1/2 with ends 0 and 1."""
+    x = np.linspace(0.001, 0.999, 200)
+    expected = (np.tanh(temperature * (x - 0.5)) + np.tanh(temperature / 2)) / (2 * np.tanh(temperature / 2))
+    u = torch.from_numpy((x - 0.5) / 0.5)
+    assert _distance(Dspike(temperature).primitive(u), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"temperature": math.inf}, {"gamma": -1.0}])
+def test_dspike_out_of_range_is_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ArgumentError, match=r"expected finite numbers above 0\. Pass Dspike\(temperature=3\.0\)"):
+        Dspike(**bad)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmh.errors import ArgumentError
+from lmh.kernels import Kernel, can_compile, use_kernel
 from lmh.qcfs import QCFS, quantize
 
 
@@ -138,3 +140,71 @@ def test_levels_below_1_raise(levels: int) -> None:
 def test_a_threshold_that_is_not_finite_and_positive_raises(theta: float) -> None:
     with pytest.raises(ArgumentError, match=f"v_threshold is {theta}; expected a finite number above 0"):
         QCFS(4, theta)
+
+
+def _straight_through(x: torch.Tensor, theta: torch.Tensor, levels: int) -> torch.Tensor:
+    """The definition under autograd: the floor passes its gradient on."""
+    y = (x / theta).clamp(0, 1) * levels + 0.5
+    y = y + (y.floor() - y).detach()
+    return theta * (y / levels)
+
+
+def _gradients(
+    function: Callable[..., torch.Tensor], x: torch.Tensor, theta: torch.Tensor, weight: torch.Tensor
+) -> list[torch.Tensor]:
+    x, theta = x.detach().requires_grad_(), theta.detach().requires_grad_()
+    out = function(x, theta, 4)
+    return [out, *torch.autograd.grad((out * weight).sum(), (x, theta))]
+
+
+THETAS = [(), (3, 1, 1), (1, 3, 1, 1), (5, 3, 4, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("shape", THETAS, ids=str)
+@pytest.mark.parametrize("kernel", list(Kernel))
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_every_kernel_gives_the_straight_through_gradient(
+    shape: tuple[int, ...], kernel: Kernel, order: torch.memory_format
+) -> None:
+    if kernel is Kernel.COMPILED and not can_compile("cpu"):
+        pytest.skip("no compiler")
+    x = (torch.randn(5, 3, 4, 4, dtype=torch.float64) * 1.5).contiguous(memory_format=order)
+    x[0, 0, 0] = torch.tensor([0.0, float("inf"), float("-inf"), 0.5], dtype=torch.float64)
+    theta = torch.rand(shape, dtype=torch.float64) + 0.5
+    weight = torch.randn_like(x)
+    expected = _gradients(_straight_through, x.nan_to_num(posinf=99, neginf=-99), theta, weight)
+    with use_kernel(kernel):
+        ours = _gradients(quantize, x, theta, weight)
+    assert torch.equal(ours[0], expected[0])
+    assert torch.allclose(ours[1], expected[1], rtol=0, atol=1e-12)
+    assert torch.allclose(ours[2], expected[2], rtol=0, atol=1e-12)
+
+
+def test_it_keeps_the_input_and_the_threshold_alone() -> None:
+    saved: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    x, theta = torch.randn(5, 3, requires_grad=True), torch.ones(3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        quantize(x, theta, 4)
+    assert {tensor.data_ptr() for tensor in saved} == {x.data_ptr(), theta.data_ptr()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_inputs_are_quantised_in_single_precision(dtype: torch.dtype) -> None:
+    x, theta = torch.randn(200, 3).to(dtype), torch.tensor([0.3, 1.0, 1.7])
+    wide, narrow = (_gradients(quantize, value, theta, torch.ones(200, 3)) for value in (x.float(), x))
+    assert (narrow[0].dtype, narrow[1].dtype, narrow[2].dtype) == (dtype, dtype, torch.float32)
+    assert torch.equal(narrow[0], wide[0].to(dtype))
+    assert torch.allclose(narrow[2], wide[2], rtol=1e-5)
+
+
+def test_thresholds_of_a_layer_come_one_for_each_channel() -> None:
+    layer = QCFS(4, torch.tensor([0.5, 2.0]))
+    assert torch.equal(layer.v_threshold, torch.tensor([0.5, 2.0]))
+    assert layer.raw_threshold.shape == (2,)
+    with pytest.raises(ArgumentError, match=r"shape \[2\] and channels is 3; expected \[\] or \[3\]"):
+        QCFS(4, torch.tensor([0.5, 2.0]), channels=3)

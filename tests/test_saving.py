@@ -22,7 +22,7 @@ from lmh.convert.rules import STAND_INS, StandIns
 from lmh.errors import ArgumentError, ArtifactError, AuditError
 from lmh.records import frozen_value, plain_value
 from lmh.spiking import IF
-from lmh.surrogates import Arctan, Triangle
+from lmh.surrogates import Arctan, Dspike, Triangle
 
 X = torch.rand(8, 4)
 
@@ -77,6 +77,12 @@ class TestWhatAFileCannotHold:
         conversion = convert(nets.two_layers(), 2, data=X, neuron=LMH(Leaky()))
         refused(file, conversion, r"recipe's neuron\.preset, a Leaky; expected values of.*Convert with one of these")
         save(convert(nets.two_layers(), 2, data=X, neuron=LMH(IF(lambda_s=0.75), surrogate=Arctan())), file)
+
+    @pytest.mark.parametrize("surrogate", [Arctan(), Dspike(2.0, 0.5)], ids=repr)
+    def test_those_of_ours_come_back(self, file: Path, surrogate: Any) -> None:
+        ann = nets.two_layers()
+        save(convert(ann, 2, data=X, neuron=LMH(surrogate=surrogate)), file)
+        assert {site.neuron.surrogate for site in sites(load(file, source=ann)).values()} == {surrogate}
 
     @pytest.mark.parametrize(
         ("fact", "words"),

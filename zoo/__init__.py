@@ -1,14 +1,21 @@
 """The zoo: architectures, data sets and trained weights."""
 
+from .augmentation import AutoAugment, Cutout, ForCIFAR10, ForImageNet, ForSVHN, InTurn
 from .data import DataSet, load_data
 from .images import Batches, CropFlip, Preprocessing, seeded_order
 from .registry import Card, card, list_architectures, list_models, load, record, snn_path
 
 __all__ = [
+    "AutoAugment",
     "Batches",
     "Card",
     "CropFlip",
+    "Cutout",
     "DataSet",
+    "ForCIFAR10",
+    "ForImageNet",
+    "ForSVHN",
+    "InTurn",
     "Preprocessing",
     "card",
     "list_architectures",

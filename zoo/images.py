@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError, DataError
+from .augmentation import Augmentation, CropFlip, chosen_rows
+
+__all__ = ["Batches", "CropFlip", "Preprocessing", "Split", "seeded_order"]
 
 
 @dataclass(frozen=True)
@@ -52,28 +55,6 @@ class Preprocessing:
         return (x - mean) / std
 
 
-@dataclass(frozen=True)
-class CropFlip:
-    """Random crop after zero padding, and random horizontal flip, drawn for each image of a batch."""
-
-    padding: int = 4
-    flip: bool = True
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return augmented images of the same shape and type, [N, C, H, W]."""
-        count, _, height, width = images.shape
-        if self.flip:
-            mirrored = torch.rand(count, generator=generator) < 0.5
-            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        if self.padding == 0:
-            return images
-        padded = F.pad(images, [self.padding] * 4)
-        top, left = torch.randint(0, 2 * self.padding + 1, (2, count, 1), generator=generator)
-        rows, columns = top + torch.arange(height), left + torch.arange(width)
-        picked = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-        return picked.permute(0, 3, 1, 2).contiguous()
-
-
 class Split(Protocol):
     """One part of a data set."""
 
@@ -98,22 +79,47 @@ class Batches:
     Yields (x, y) with x float32 [N, C, H, W] normalised and y int64 [N], or x alone without labels. Without
     a ``shuffle_seed`` the order is fixed; with one it is drawn anew for each epoch from (seed, epoch), and so
     is the augmentation, so that a resumed run sees the same batches.
+
+    Attributes:
+        split: the images.
+        preprocessing: what turns them into input.
+        batch_size: the last batch may be smaller.
+        indices: of the images to take; all unless given.
+        augmentation: ``CropFlip()``, or several by ``InTurn``; none unless given.
+        shuffle_seed: draw the order anew for each epoch.
+        epoch: that order and augmentation are drawn for.
+        start: the first batch to give; those before it are passed over without reading their images.
+        rank: of this process among those that share each batch.
+        world: number of those processes: each takes every ``world``-th image of a batch. A last batch with fewer
+            images than processes is left out.
     """
 
     split: Split
     preprocessing: Preprocessing
     batch_size: int = 128
     indices: Tensor | None = None
-    augmentation: CropFlip | None = None
+    augmentation: Augmentation | None = None
     shuffle_seed: int | None = None
     epoch: int = 0
+    start: int = 0
+    rank: int = 0
+    world: int = 1
 
     def at_epoch(self, epoch: int) -> Batches:
         """Return the batches of another epoch."""
         return replace(self, epoch=epoch)
 
+    def from_batch(self, index: int) -> Batches:
+        """Return the batches from this one on, the same as when all are read."""
+        return replace(self, start=index)
+
+    def shard(self, rank: int, world: int) -> Batches:
+        """Return the share of one of several processes: rows rank, rank + world, … of every batch."""
+        return replace(self, rank=rank, world=world)
+
     def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
+        full, rest = divmod(self.count, self.batch_size)
+        return full + (rest >= self.world)
 
     @property
     def count(self) -> int:
@@ -126,12 +132,16 @@ class Batches:
         if self.shuffle_seed is not None:
             generator.manual_seed((self.shuffle_seed * 1_000_003 + self.epoch) % 2**63)
             order = order[torch.randperm(len(order), generator=generator)]
-        for chosen in order.split(self.batch_size):
-            images = self.split.images(chosen)
-            if self.augmentation is not None:
-                images = self.augmentation(images, generator)
+        mine = slice(self.rank, None, self.world)
+        for index, chosen in enumerate(order.split(self.batch_size)):
+            drawn = None if self.augmentation is None else self.augmentation.draw(len(chosen), generator)
+            if index < self.start or len(chosen) < self.world:
+                continue
+            images = self.split.images(chosen[mine])
+            if self.augmentation is not None and drawn is not None:
+                images = self.augmentation.apply(images, chosen_rows(drawn, mine))
             x = self.preprocessing(images)
-            yield x if self.split.labels is None else (x, self.split.labels[chosen])
+            yield x if self.split.labels is None else (x, self.split.labels[chosen[mine]])
 
 
 def seeded_order(split: Split, seed: int) -> Tensor:

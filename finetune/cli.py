@@ -1,0 +1,332 @@
+"""``lmh finetune``: train a spiking network, or an ANN to one, by any strategy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import fx, nn
+
+from .. import zoo
+from ..artifact import user_path
+from ..cli import command_line
+from ..convert.cli import check_output, default_output, device_of
+from ..convert.cli_inputs import SEED, Amounts, Inputs, NumbersType, open_inputs, source_options
+from ..convert.inspect_cli import is_spiking
+from ..convert.loading import Source, load_source
+from ..convert.pipeline import Conversion, convert
+from ..convert.report_cli import source_ann, stored_preprocessing
+from ..convert.storage import MANIFEST, load, save
+from ..errors import ArgumentError, DataError, TrainingError
+from ..records import plain_value
+from ..results import describe_network
+from ..terminal import Terminal, print_result
+from ..time_axis import MAX_TIMESTEPS
+from .checkpoint import Checkpoint
+from .cli_recipe import Wishes, recipe_options
+from .cli_training import Training, measured
+from .distributed import Group, joined
+from .fresh import with_statistics
+from .log import JSONLines, Log, TensorBoard
+from .recipe import TrainingRecipe, write_recipe
+
+_COUNT = click.IntRange(min=1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked for, apart from the recipe."""
+
+    network: str
+    timesteps: int | None
+    data: str
+    teacher: str | None
+    source: str | None
+    amounts: Amounts
+    input_size: tuple[int, ...] | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    device: torch.device
+    arch: str | None
+    entry: str | None
+    trust_pickle: bool
+    modules: tuple[str, ...]
+    output: Path
+    resume: bool
+    checkpoint_steps: int | None
+    checkpoint_minutes: float | None
+    log: Path | None
+    tensorboard: Path | None
+    save_recipe: Path | None
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Return where the training is kept until its result is written."""
+        file = self.output.with_name(f"{self.output.name}.training")
+        return Checkpoint(file, self.checkpoint_steps, self.checkpoint_minutes)
+
+    @property
+    def logs(self) -> list[Log]:
+        """Return the logs that were asked for."""
+        logs: list[Log] = [] if self.log is None else [JSONLines(self.log)]
+        return logs if self.tensorboard is None else [*logs, TensorBoard(self.tensorboard)]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training starts from.
+
+    Attributes:
+        network: a conversion, or a spiking network.
+        ann: the source, or None where it is not at hand.
+        inputs: batches by purpose.
+        record: of the source, for the manifest.
+        calibration: where the thresholds came from.
+        nodes: paths by fate.
+        notices: for the user.
+    """
+
+    network: Conversion | fx.GraphModule
+    ann: nn.Module | None
+    inputs: Inputs
+    record: dict[str, Any]
+    calibration: str
+    nodes: dict[str, list[str]]
+    notices: tuple[str, ...]
+
+    @property
+    def snn(self) -> fx.GraphModule:
+        """Return the spiking network as it is now."""
+        return self.network.snn if isinstance(self.network, Conversion) else self.network
+
+
+@click.command("finetune", context_settings={"max_content_width": 100})
+@click.argument("network")
+@click.option("--data", metavar="SPEC", help="digits, npz:FILE, cifar10:DIR, cifar100:DIR or folder:DIR.")
+@click.option("--timesteps", "-T", type=click.IntRange(1, MAX_TIMESTEPS), help="Time steps T, for an ANN.")
+@recipe_options
+@click.option("--recipe", metavar="FILE", help="A .toml from --save-recipe, or a network that lmh finetune trained.")
+@click.option("--save-recipe", type=click.Path(dir_okay=False, path_type=Path), help="Write the recipe as TOML.")
+@click.option("--teacher", metavar="SOURCE", help="In the place of the network's own ANN.")
+@click.option("--source", metavar="FILE", help="The ANN of a spiking network that names none that can be built.")
+@source_options
+@click.option("--calibration-samples", type=_COUNT, default=512, show_default=True, help="Images for thresholds.")
+@click.option("--train-samples", type=_COUNT, help="Training images; all unless given.")
+@click.option("--test-samples", type=_COUNT, help="Test images to measure on; all unless given.")
+@click.option("--input-size", type=NumbersType(int, "3,224,224"), metavar="C,H,W", help="Size of one input sample.")
+@click.option("--mean", type=NumbersType(float, "0.5,0.5,0.5"), metavar="R,G,B", help="Mean of pixels in [0, 1].")
+@click.option("--std", type=NumbersType(float, "0.2,0.2,0.2"), metavar="R,G,B", help="Deviation of pixels in [0, 1].")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of sample order and training.")
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: NETWORK-tuned.safetensors here."
+)
+@click.option("--resume", is_flag=True, help="Refuse to start anew: there must be a checkpoint to go on from.")
+@click.option("--checkpoint-steps", type=_COUNT, help="Write the checkpoint also after this many batches.")
+@click.option("--checkpoint-minutes", type=click.FloatRange(min=0, min_open=True), help="Also after this much time.")
+@click.option("--log", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="JSON lines, appended.")
+@click.option("--tensorboard", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Event files.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
+)
+def finetune_command(
+    network: str,
+    data: str | None,
+    recipe: str | None,
+    calibration_samples: int,
+    train_samples: int | None,
+    test_samples: int | None,
+    device: str,
+    seed: int,
+    timesteps: int | None,
+    output: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fine-tune NETWORK: a spiking network from lmh-convert, or an ANN, which is converted first.
+
+    A run that is cut goes on when the same command is given again. Several processes share the work under torchrun:
+    torchrun --nproc-per-node 2 -m lmh finetune … --batch-size 128 has 64 images on each.
+
+    \b
+    lmh finetune digits-cnn-snn-T4.safetensors --data digits --epochs 5
+    lmh finetune zoo:digits-cnn -T 4 --data digits --epochs 10 --strategy hybrid
+    lmh finetune model.pt -T 6 --data folder:photos --strategy time-sliced --slice 2 --loss tet
+    """  # noqa: D301
+    if data is None:
+        raise click.UsageError("--data is missing: training runs on its training split. Give a data set.")
+    wishes = Wishes.of(options, recipe)
+    spiking = _spikes(network)
+    if spiking and timesteps is not None:
+        raise click.UsageError(f"-T {timesteps} came with a spiking network, whose own T stays. Leave it out.")
+    if not spiking and timesteps is None:
+        raise click.UsageError("-T is missing: an ANN needs the number of time steps, as in -T 4.")
+    job = Job(
+        network=network,
+        data=data,
+        timesteps=timesteps,
+        amounts=Amounts(calibration_samples, train_samples, test_samples, seed),
+        device=device_of(device),
+        output=output or _default_output(network, timesteps),
+        **options,
+    )
+    with joined(job.device) as own:
+        leads = Group.current().leads
+        terminal = Terminal(results=leads and not as_json)
+        terminal.log.quiet = not leads
+        result = run_job(replace(job, device=own), wishes, terminal)
+    if not leads:
+        return
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        print_result(terminal.out, result)
+
+
+def _spikes(network: str) -> bool:
+    if network.startswith("zoo:"):
+        return network.removeprefix("zoo:") in zoo.registry.SNNS
+    return is_spiking(user_path(network))
+
+
+def _default_output(network: str, timesteps: int | None) -> Path:
+    if timesteps is None:
+        return Path(
+            f"{network.removeprefix('zoo:') if network.startswith('zoo:') else Path(network).stem}-tuned.safetensors"
+        )
+    return default_output(network, timesteps)
+
+
+def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
+    """Load, convert where needed, measure, train, measure, save. Return the result as plain values."""
+    check_output(job.output, job.network, job.data)
+    if job.resume and not any(map(_exists, (job.checkpoint, job.checkpoint.of_stage("qcfs")))):
+        raise TrainingError(
+            f"{job.checkpoint.file}: no checkpoint to go on from; expected one of a run with the same --output. "
+            "Leave --resume out to start anew."
+        )
+    torch.manual_seed(job.amounts.seed)
+    spiking = job.timesteps is None
+    start, recipe = _from_snn(job, wishes, terminal) if spiking else _from_ann(job, wishes, terminal)
+    for notice in start.notices:
+        terminal.notice(notice)
+    if job.save_recipe is not None:
+        write_recipe(recipe, job.save_recipe)
+    training = Training(start.network, recipe, start.inputs, _teacher(job, start), job.checkpoint, job.logs)
+    before = measured(start.snn, start.inputs.test, start.ann, terminal, "measuring")
+    tuned = training.run(terminal)
+    stages = training.stages(tuned, terminal)
+    assert isinstance(tuned.snn, fx.GraphModule)
+    after = measured(tuned.snn, start.inputs.test, start.ann, terminal, "measuring again")
+    if spiking and before is not None:
+        stages = [("as loaded", replace(before, ann_accuracy=None)), *stages]
+    result = describe_network(
+        tuned.snn,
+        source=job.network,
+        calibration=start.calibration if tuned.conversion is None else tuned.conversion.report.calibration,
+        nodes=start.nodes,
+        evaluation=after,
+        training_free=None if spiking else before,
+        stages=stages,
+        output=str(job.output),
+        notices=start.notices,
+    )
+    if Group.current().leads:
+        _save(job, start, training, tuned, result)
+    return result
+
+
+def _exists(checkpoint: Checkpoint) -> bool:
+    return Path(checkpoint.file).exists()
+
+
+def _save(job: Job, start: Start, training: Training, tuned: Any, result: dict[str, Any]) -> None:
+    keys = ("samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error", "training_free", "stages")
+    inputs = start.inputs
+    save(
+        tuned.conversion or tuned.snn,
+        job.output,
+        source=start.record,
+        metrics={key: result[key] for key in keys},
+        seed=job.amounts.seed,
+        command=command_line(),
+        data=job.data,
+        samples=f"{inputs.order}; {inputs.training}",
+        nodes=result["nodes"],
+        preprocessing={**plain_value(inputs.preprocessing), "assumed": list(inputs.assumed)},
+        teacher=job.teacher or (None if training.teacher is None else start.record["name"]),
+        **training.facts(tuned),
+    )
+    training.forget()
+
+
+def _teacher(job: Job, start: Start) -> nn.Module | None:
+    if job.teacher is None:
+        return start.ann
+    found = load_source(job.teacher, trust_pickle=job.trust_pickle, modules=job.modules)
+    return found.model.to(job.device)
+
+
+def _from_ann(job: Job, wishes: Wishes, terminal: Terminal) -> tuple[Start, TrainingRecipe]:
+    """Convert the ANN to the neurons that the strategy starts from."""
+    assert job.timesteps is not None
+    source = load_source(
+        job.network, arch=job.arch, entry=job.entry, trust_pickle=job.trust_pickle, modules=job.modules
+    )
+    source.model.to(job.device)
+    inputs = _inputs(job, source, job.timesteps)
+    assert inputs.train is not None
+    assert inputs.calibration is not None
+    recipe = wishes.recipe_for(spiking=False, batches=inputs.train, seed=job.amounts.seed)
+    recipe.strategy.slice_steps(job.timesteps)
+    samples = list(terminal.track(inputs.calibration, "calibrating", inputs.calibration.count))
+    ann = with_statistics(source.model, samples)
+    conversion = convert(ann, job.timesteps, data=samples, neuron=recipe.strategy.neuron)
+    report = conversion.report
+    notices = (*source.notices, *inputs.notices, *report.notices)
+    start = Start(conversion, source.model, inputs, source.record(), report.calibration, report.nodes(), notices)
+    return start, recipe
+
+
+def _from_snn(job: Job, wishes: Wishes, terminal: Terminal) -> tuple[Start, TrainingRecipe]:
+    """Load the spiking network, and its ANN where it is at hand."""
+    snn = load(job.network, job.source, trust_pickle=job.trust_pickle, modules=job.modules).to(job.device)
+    manifest = snn.meta[MANIFEST]
+    record = manifest["source"]
+    given = {name: getattr(job, name) for name in ("input_size", "mean", "std")}
+    preprocessing, assumed = stored_preprocessing(manifest, given)
+    card = None if record["architecture"] is None else zoo.card(record["architecture"])
+    source = Source(snn, job.network, card, record["num_classes"], record["sha256"])
+    known = replace(job, input_size=preprocessing.input_size, mean=preprocessing.mean, std=preprocessing.std)
+    timesteps = manifest["recipe"]["timesteps"]
+    inputs = replace(_inputs(known, source, timesteps), assumed=tuple(assumed))
+    assert inputs.train is not None
+    recipe = wishes.recipe_for(spiking=True, batches=inputs.train, seed=job.amounts.seed)
+    recipe.strategy.slice_steps(timesteps)
+    ann, notices = source_ann(record, job.source, job.trust_pickle, job.modules)
+    found = manifest["calibration"]
+    nodes = manifest.get("nodes", {"converted": manifest["sites"], "kept": [], "refused": []})
+    calibration = f"{found['policy']}, {found['samples']} samples"
+    if ann is not None:
+        ann.to(job.device)
+    elif job.teacher is None and recipe.schedule.distillation is not None:
+        notices = [*notices, "There is no teacher: training learns from the labels alone."]
+    return Start(snn, ann, inputs, record, calibration, nodes, (*inputs.notices, *notices)), recipe
+
+
+def _inputs(job: Job, source: Source, timesteps: int) -> Inputs:
+    try:
+        inputs = open_inputs(
+            source, job.data, timesteps, job.amounts, input_size=job.input_size, mean=job.mean, std=job.std
+        )
+    except ArgumentError as error:
+        raise click.UsageError(str(error)) from error
+    if inputs.train is None or getattr(inputs.train.split, "labels", None) is None:
+        raise DataError(f"{job.data}: no labelled training samples; expected some to fine-tune on.")
+    return inputs if Group.current().leads else replace(inputs, test=None)  # one process measures

@@ -1,0 +1,251 @@
+"""The options of ``lmh finetune`` that decide the training, and the recipe that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from ..spiking import LIF, LMH, PerChannel, PerStep
+from ..zoo.augmentation import Augmentation, AutoAugment, Cutout, InTurn
+from ..zoo.images import Batches
+from .batch_norm import FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
+from .cli_training import gentle, qcfs_epochs
+from .losses import TET, CrossEntropy, Distillation
+from .mixing import CutMix, Mixup
+from .precision import BFloat16, Float32
+from .recipe import TrainingRecipe, read_recipe
+from .schedule import EMA, EarlyStopping, Schedule
+from .strategies import SLTT, STBP, WIDER, EverySlice, Hybrid, OncePerBatch, Progressive, Strategy, TimeSliced
+
+_RATE = click.FloatRange(min=0, min_open=True)
+_SHARE = click.FloatRange(0, 1)
+_COUNT = click.IntRange(min=1)
+MIXES = {"mixup": Mixup(), "cutmix": CutMix()}
+BATCH_NORMS = {"live": LiveBatchNorm(), "frozen": FrozenBatchNorm(), "synced": SyncedBatchNorm()}
+PRECISIONS = {"fp32": Float32(), "bf16": BFloat16()}
+_OPTIONS = (
+    click.option("--epochs", type=_COUNT, help="In all stages together. 10 unless given."),
+    click.option(
+        "--strategy", type=click.Choice(["hybrid", "progressive", "stbp", "time-sliced", "sltt"]),
+        help="hybrid for an ANN, stbp for a spiking network, unless given.",
+    ),
+    click.option("--slice", "slice_steps", type=_COUNT, metavar="K", help="Steps of a slice; time-sliced or hybrid."),
+    click.option("--accumulate", is_flag=True, help="Update once a batch, not after each slice."),
+    click.option("--qcfs-epochs", type=_COUNT, help="Of hybrid's first stage, out of --epochs."),
+    click.option("--qcfs-lr", type=_RATE, help="Learning rate of hybrid's first stage."),
+    click.option("--leak", type=click.FloatRange(0, 1, min_open=True), help="λ of progressive's LIF start; 0.5."),
+    click.option(
+        "--membrane", type=click.Choice(["layer", "channel", "step", "wider"]),
+        help="Progressive's λ and μ: one for each layer, channel or step, or wider ranges.",
+    ),
+    click.option("--lr", type=_RATE, help="Learning rate of the weights."),
+    click.option("--neuron-lr", type=click.FloatRange(min=0), help="Learning rate of θ, v_init, λ and μ."),
+    click.option("--warmup", type=click.IntRange(min=0), metavar="BATCHES", help="In which the rates rise."),
+    click.option("--weight-decay", type=click.FloatRange(min=0), help="Of the weights."),
+    click.option("--batch-size", type=_COUNT, help="32 to 128, by the number of images, unless given."),
+    click.option("--loss", type=click.Choice(["ce", "tet"]), help="Cross-entropy of the mean, or of every step (TET)."),
+    click.option("--label-smoothing", type=_SHARE, help="With --loss ce."),
+    click.option("--distill", type=_SHARE, metavar="WEIGHT", help="Share of the teacher in the loss; 0.9."),
+    click.option("--no-teacher", is_flag=True, help="Learn from the labels alone."),
+    click.option("--temperature", type=_RATE, help="Of the teacher's outputs; 2."),
+    click.option("--mix", type=click.Choice(list(MIXES)), multiple=True, help="Mix images; may be given twice."),
+    click.option("--cutout", type=_COUNT, metavar="PIXELS", help="Blacken a square of each image."),
+    click.option("--autoaugment", is_flag=True, help="AutoAugment's policy for CIFAR-10."),
+    click.option("--ema", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Average the weights."),
+    click.option("--early-stopping", type=_COUNT, metavar="EPOCHS", help="Patience on the held-out samples."),
+    click.option(
+        "--batch-norm", type=click.Choice(list(BATCH_NORMS)),
+        help="By the batch, by the network's own statistics, or by the batch over all GPUs; live unless given.",
+    ),
+    click.option("--precision", type=click.Choice(list(PRECISIONS)), help="fp32 unless given."),
+)  # fmt: skip
+_NAMES = [
+    "epochs",
+    "strategy",
+    "slice_steps",
+    "accumulate",
+    "qcfs_epochs",
+    "qcfs_lr",
+    "leak",
+    "membrane",
+    "lr",
+    "neuron_lr",
+    "warmup",
+    "weight_decay",
+    "batch_size",
+    "loss",
+    "label_smoothing",
+    "distill",
+    "no_teacher",
+    "temperature",
+    "mix",
+    "cutout",
+    "autoaugment",
+    "ema",
+    "early_stopping",
+    "batch_norm",
+    "precision",
+]
+
+
+def recipe_options(command: Any) -> Any:
+    """Add the options that decide the training."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What was asked for; None where nothing was."""
+
+    epochs: int | None
+    strategy: str | None
+    slice_steps: int | None
+    accumulate: bool
+    qcfs_epochs: int | None
+    qcfs_lr: float | None
+    leak: float | None
+    membrane: str | None
+    lr: float | None
+    neuron_lr: float | None
+    warmup: int | None
+    weight_decay: float | None
+    batch_size: int | None
+    loss: str | None
+    label_smoothing: float | None
+    distill: float | None
+    no_teacher: bool
+    temperature: float | None
+    mix: tuple[str, ...]
+    cutout: int | None
+    autoaugment: bool
+    ema: float | None
+    early_stopping: int | None
+    batch_norm: str | None
+    precision: str | None
+    recipe: str | None
+
+    @classmethod
+    def of(cls, options: dict[str, Any], recipe: str | None) -> Wishes:
+        """Take the wishes out of a command's options.
+
+        Raises:
+            click.UsageError: if a recipe came together with an option that it decides.
+        """
+        wishes = cls(**{name: options.pop(name) for name in _NAMES}, recipe=recipe)
+        context = click.get_current_context()
+        given = [name for name in _NAMES if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        if recipe is not None and given:
+            flags = ", ".join(_flag(name) for name in given)
+            raise click.UsageError(f"--recipe {recipe} decides the training, and {flags} came with it. Leave one out.")
+        wishes._check()
+        return wishes
+
+    def _check(self) -> None:
+        """Refuse options that another one gives no meaning."""
+        needs = {
+            "slice_steps": ("time-sliced", "hybrid"), "accumulate": ("time-sliced", "hybrid"),
+            "qcfs_epochs": ("hybrid", None), "qcfs_lr": ("hybrid", None),
+            "leak": ("progressive",), "membrane": ("progressive",),
+        }  # fmt: skip
+        for name, strategies in needs.items():
+            if getattr(self, name) and self.strategy not in strategies:
+                raise click.UsageError(f"{_flag(name)} goes with --strategy {strategies[0]}. Add it, or leave it out.")
+        if self.strategy == "time-sliced" and self.slice_steps is None:
+            raise click.UsageError("--strategy time-sliced needs --slice K, a divisor of T.")
+        if self.accumulate and self.slice_steps is None:
+            raise click.UsageError("--accumulate goes with --slice K. Add it, or leave it out.")
+        if self.no_teacher and (self.distill is not None or self.temperature is not None):
+            raise click.UsageError("--no-teacher came with --distill or --temperature. Leave one out.")
+        if self.loss == "tet" and self.label_smoothing is not None:
+            raise click.UsageError("--label-smoothing goes with --loss ce. Leave one out.")
+
+    def recipe_for(self, *, spiking: bool, batches: Batches, seed: int) -> TrainingRecipe:
+        """Return the recipe.
+
+        Args:
+            spiking: whether a spiking network is trained; hybrid is then STBP alone.
+            batches: training batches, with the usual batch size and augmentation.
+            seed: of training.
+
+        Raises:
+            ArgumentError: if a recipe file cannot be read.
+            click.UsageError: if the epochs of the stages do not add up.
+        """
+        if self.recipe is not None:
+            return read_recipe(self.recipe)
+        for name in ("qcfs_epochs", "qcfs_lr", "leak", "membrane"):
+            if spiking and getattr(self, name) is not None:
+                raise click.UsageError(f"{_flag(name)} is for an ANN; the network spikes already. Leave it out.")
+        batches = replace(batches, batch_size=self.batch_size or batches.batch_size)
+        strategy, schedule = self._stages(spiking, len(batches), seed)
+        return TrainingRecipe(strategy, schedule, batches.batch_size, self._augmentation(batches.augmentation))
+
+    def _stages(self, spiking: bool, batches: int, seed: int) -> tuple[Strategy, Schedule]:
+        epochs = self.epochs or 10
+        name = self.strategy or ("stbp" if spiking else "hybrid")
+        last: STBP | TimeSliced = STBP()
+        if self.slice_steps is not None:
+            last = TimeSliced(self.slice_steps, OncePerBatch() if self.accumulate else EverySlice())
+        plain = Schedule(epochs=epochs, seed=seed)
+        match name:
+            case "progressive":
+                return Progressive(self._neuron()), self._wished(plain, last=True)
+            case "sltt":
+                return SLTT(), self._wished(plain, last=True)
+            case "hybrid" if not spiking:
+                first = self.qcfs_epochs or qcfs_epochs(epochs)
+                if first >= epochs:
+                    raise click.UsageError(
+                        f"--qcfs-epochs {first} leaves nothing of --epochs {epochs} for the spiking network. Lower it."
+                    )
+                if first > 0:
+                    qcfs = self._wished(gentle(first, batches, seed), last=False)
+                    return Hybrid(qcfs, last), self._wished(gentle(epochs - first, batches, seed), last=True)
+        return last, self._wished(plain, last=True)
+
+    def _neuron(self) -> LMH:
+        start = LIF(0.5 if self.leak is None else self.leak)
+        match self.membrane:
+            case "channel":
+                return LMH(start, PerChannel())
+            case "step":
+                return LMH(start, PerStep())
+            case "wider":
+                return LMH(start, ranges=WIDER)
+        return LMH(start)
+
+    def _wished(self, schedule: Schedule, *, last: bool) -> Schedule:
+        """Put what was asked for into a stage's schedule; TET and --lr are the spiking network's alone."""
+        known = Distillation()
+        wished: dict[str, Any] = {
+            "lr": self.lr if last else self.qcfs_lr,
+            "neuron_lr": self.neuron_lr,
+            "warmup_steps": self.warmup,
+            "weight_decay": self.weight_decay,
+            "mixing": tuple(MIXES[name] for name in self.mix) or None,
+            "ema": None if self.ema is None else EMA(self.ema),
+            "early_stopping": None if self.early_stopping is None else EarlyStopping(self.early_stopping),
+            "batch_norm": None if self.batch_norm is None else BATCH_NORMS[self.batch_norm],
+            "precision": None if self.precision is None else PRECISIONS[self.precision],
+            "distillation": Distillation(
+                known.weight if self.distill is None else self.distill, self.temperature or known.temperature
+            ),
+            "loss": TET() if self.loss == "tet" and last else CrossEntropy(self.label_smoothing or 0.0),
+        }
+        found = replace(schedule, **{name: value for name, value in wished.items() if value is not None})
+        return replace(found, distillation=None) if self.no_teacher else found
+
+    def _augmentation(self, usual: Augmentation | None) -> Augmentation | None:
+        more: list[Augmentation] = [AutoAugment()] if self.autoaugment else []
+        if self.cutout is not None:
+            more.append(Cutout(self.cutout))
+        return InTurn((*([] if usual is None else [usual]), *more)) if more else usual
+
+
+def _flag(name: str) -> str:
+    return "--slice" if name == "slice_steps" else f"--{name.replace('_', '-')}"

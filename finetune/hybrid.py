@@ -1,0 +1,87 @@
+"""The QCFS stage of hybrid training: a prepared ANN with QCFS in the place of its activations, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..calibrate import FROM_QCFS, MinError, calibrate
+from ..convert import Conversion, EventFrames, Recipe, assemble
+from ..qcfs import QCFS
+from ..records import Calibration, Prepared
+from .batches import MeanOverFrames, parts
+
+
+def calibrated(prepared: Prepared, recipe: Recipe, data: Iterable[Any]) -> Calibration:
+    """Return the θ that the QCFS stage starts from: MinError with L = T levels, which is what QCFS quantises to.
+
+    Args:
+        prepared: the ANN.
+        recipe: says T and whether the data is event frames.
+        data: batches, normalised as the ANN expects.
+    """
+    if isinstance(recipe.encoding, EventFrames):
+        data = [tuple(x.flatten(0, 1) for x in parts("finetune: train", batch, prepared.model)[0]) for batch in data]
+    return calibrate(prepared, MinError(), recipe.timesteps, data)
+
+
+def qcfs_network(prepared: Prepared, calibration: Calibration, timesteps: int) -> fx.GraphModule:
+    """Return a copy of a prepared ANN whose spiking activations are QCFS with L = T and the θ of a calibration.
+
+    Args:
+        prepared: not changed.
+        calibration: θ by path.
+        timesteps: T.
+
+    >>> from lmh.convert import convert
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> conversion = convert(net, 4, data=torch.rand(16, 4))
+    >>> qcfs_network(conversion.prepared, conversion.calibration, 4).get_submodule("1")
+    QCFS(levels=4)
+    """
+    network = copy.deepcopy(prepared.model)
+    device = next((parameter.device for parameter in network.parameters()), None)
+    for path in prepared.spiking:
+        network.set_submodule(path, QCFS(timesteps, calibration.v_threshold[path]).to(device))
+    return network.eval()
+
+
+def over_frames(network: nn.Module, recipe: Recipe) -> nn.Module:
+    """Return the network as it is trained: on event frames, its mean over T."""
+    return MeanOverFrames(network) if isinstance(recipe.encoding, EventFrames) else network
+
+
+def taken_over(network: fx.GraphModule, conversion: Conversion) -> Conversion:
+    """Return the spiking network of a trained QCFS network: its weights, and its θ, from the IF start.
+
+    Args:
+        network: from :func:`qcfs_network`, trained.
+        conversion: of the ANN that it was made from; its graph, recipe and report stay.
+
+    >>> from lmh.convert import convert
+    >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.rand(16, 4)
+    >>> conversion = convert(net, 4, data=x)
+    >>> network = qcfs_network(conversion.prepared, conversion.calibration, 4)
+    >>> torch.allclose(taken_over(network, conversion).snn(x), network(x), atol=1e-5)
+    True
+    """
+    model = copy.deepcopy(conversion.prepared.model)
+    activations = tuple(f"{path}." for path in conversion.prepared.spiking)
+    weights = {name: value for name, value in network.state_dict().items() if not name.startswith(activations)}
+    model.load_state_dict(weights, strict=False)
+    prepared = replace(conversion.prepared, model=model)
+    thresholds = {path: _qcfs(network, path).v_threshold.detach().clone() for path in prepared.spiking}
+    halves = {path: torch.full_like(theta, 0.5) for path, theta in thresholds.items()}
+    calibration = replace(conversion.calibration, policy=FROM_QCFS, v_threshold=thresholds, v_init=halves)
+    return assemble(prepared, calibration, conversion.recipe)
+
+
+def _qcfs(network: fx.GraphModule, path: str) -> QCFS:
+    module = network.get_submodule(path)
+    assert isinstance(module, QCFS)
+    return module

@@ -1,0 +1,184 @@
+"""Augmentation of training images: first everything random is drawn, then it is applied.
+
+What is drawn has one row for each image, so that a run that begins in the middle of an epoch draws what it passes over
+and touches none of those images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..arguments import check_kind
+from ..errors import ArgumentError
+from ..torchvision_shim import torchvision
+
+Drawn: TypeAlias = "tuple[Tensor | Drawn, ...]"
+
+
+class Augmentation(Protocol):
+    """What every augmentation offers."""
+
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """Return what is random for ``count`` images: tensors [count, …], or tuples of them."""
+        ...
+
+    def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
+        """Return augmented images, uint8 [N, C, H, W] as they came."""
+        ...
+
+
+def _tensors(drawn: Drawn) -> list[Tensor]:
+    return [item for item in drawn if isinstance(item, Tensor)]
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """Random crop after zero padding, and random horizontal flip, drawn for each image of a batch."""
+
+    padding: int = 4
+    flip: bool = True
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return augmented images of the same shape and type, [N, C, H, W]."""
+        return self.apply(images, self.draw(len(images), generator))
+
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """Return which images are mirrored, and how far down and right each is cut out."""
+        mirrored = torch.rand(count, generator=generator) < 0.5 if self.flip else torch.zeros(count, dtype=torch.bool)
+        if self.padding == 0:
+            return (mirrored,)
+        return mirrored, *torch.randint(0, 2 * self.padding + 1, (2, count, 1), generator=generator)
+
+    def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
+        """Mirror and crop."""
+        mirrored, *corner = _tensors(drawn)
+        if self.flip:
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        if self.padding == 0:
+            return images
+        count, _, height, width = images.shape
+        padded = F.pad(images, [self.padding] * 4)
+        rows, columns = corner[0] + torch.arange(height), corner[1] + torch.arange(width)
+        picked = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        return picked.permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """A black square at a random place of each image, cut at its border (DeVries and Taylor, 2017).
+
+    Attributes:
+        size: of its side, in pixels. The paper's code takes 16 for CIFAR-10 and 8 for CIFAR-100.
+    """
+
+    size: int = 16
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+            raise ArgumentError(f"Cutout: size is {self.size!r}; expected a whole number of pixels, such as 16.")
+
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """Return the middle of each square, as shares of height and width."""
+        return (torch.rand(count, 2, generator=generator),)
+
+    def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
+        """Blacken the squares."""
+        [middle] = _tensors(drawn)
+        inside = []
+        for axis, size in enumerate(images.shape[2:]):
+            first = (middle[:, axis, None] * size).floor() - self.size // 2
+            place = torch.arange(size)
+            inside.append((place >= first) & (place < first + self.size))
+        return images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
+
+
+@dataclass(frozen=True)
+class ForCIFAR10:
+    """The policy that AutoAugment found on CIFAR-10; ``name`` is torchvision's."""
+
+    name: ClassVar[str] = "cifar10"
+
+
+@dataclass(frozen=True)
+class ForImageNet:
+    """The policy that AutoAugment found on ImageNet."""
+
+    name: ClassVar[str] = "imagenet"
+
+
+@dataclass(frozen=True)
+class ForSVHN:
+    """The policy that AutoAugment found on SVHN."""
+
+    name: ClassVar[str] = "svhn"
+
+
+Policy = ForCIFAR10 | ForImageNet | ForSVHN
+
+
+@dataclass(frozen=True)
+class AutoAugment:
+    """AutoAugment (Cubuk et al., CVPR 2019), one image at a time through torchvision.transforms.v2.
+
+    Attributes:
+        policy: ``ForCIFAR10()``, ``ForImageNet()`` or ``ForSVHN()``.
+    """
+
+    policy: Policy = field(default_factory=ForCIFAR10)
+
+    def __post_init__(self) -> None:
+        kinds = (ForCIFAR10, ForImageNet, ForSVHN)
+        check_kind("AutoAugment: policy", self.policy, kinds, "ForCIFAR10()", "ForImageNet()")
+
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """Return a seed for each image."""
+        return (torch.randint(2**62, (count,), generator=generator),)
+
+    def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
+        """Run torchvision's transform under each image's seed."""
+        [seeds] = _tensors(drawn)
+        transforms = torchvision().transforms
+        transform = transforms.v2.AutoAugment(transforms.AutoAugmentPolicy(self.policy.name))
+        found = []
+        with torch.random.fork_rng([]):
+            for image, seed in zip(images, seeds.tolist(), strict=True):
+                torch.manual_seed(seed)
+                found.append(transform(image))
+        return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Several augmentations, one after the other.
+
+    Attributes:
+        parts: such as ``(CropFlip(), AutoAugment(), Cutout(16))``, the paper's for CIFAR-10.
+    """
+
+    parts: tuple[Augmentation, ...]
+
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """Return what each draws."""
+        return tuple(part.draw(count, generator) for part in self.parts)
+
+    def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
+        """Apply each."""
+        for part, own in zip(self.parts, drawn, strict=True):
+            assert isinstance(own, tuple)
+            images = part.apply(images, own)
+        return images
+
+
+def chosen_rows(drawn: Drawn, rows: slice) -> Drawn:
+    """Return what was drawn for some of the images.
+
+    >>> chosen_rows((torch.arange(4), (torch.ones(4, 2),)), slice(1, None, 2))
+    (tensor([1, 3]), (tensor([[1., 1.],
+            [1., 1.]]),))
+    """
+    return tuple(chosen_rows(item, rows) if isinstance(item, tuple) else item[rows] for item in drawn)
