@@ -11,21 +11,47 @@ from torch import Tensor
 from ..errors import CalibrationError
 from ..records import Calibration, Prepared, Spike, plain_value
 from ..spiking import PerLayer
+from .correct import changes, correct, replay
+from .corrections import BatchNormReestimation, BiasCorrection, Correction, InitialPotential, SpikingMinError
+from .diagnose import Diagnosis, SiteError, diagnose
 from .histogram import Histogram, observe
-from .policies import BatchNormStatistics, Max, MinError, Percentile, Policy
+from .policies import (
+    BatchNormStatistics,
+    KLDivergence,
+    LocalThresholdBalancing,
+    Max,
+    MinError,
+    Percentile,
+    Policy,
+)
 from .refit import refit, stand_ins
+from .regression import WeightRegression
 from .statistics import predicted_histograms
 
 __all__ = [
+    "BatchNormReestimation",
     "BatchNormStatistics",
+    "BiasCorrection",
+    "Correction",
+    "Diagnosis",
+    "InitialPotential",
+    "KLDivergence",
+    "LocalThresholdBalancing",
     "Max",
     "MinError",
     "Percentile",
     "Policy",
+    "SiteError",
+    "SpikingMinError",
+    "WeightRegression",
     "automatic",
     "calibrate",
+    "changes",
+    "correct",
+    "diagnose",
     "policy_text",
     "refit",
+    "replay",
     "stand_ins",
 ]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..calibrate import FROM_QCFS, Policy, automatic, calibrate, refit, stand_ins
+from ..calibrate import FROM_QCFS, Policy, automatic, calibrate, refit, replay, stand_ins
 from ..errors import ArgumentError
 from ..ops import Kind, kind_of, label, module_of
 from ..records import Calibration, Prepared, Report, Spike
@@ -145,6 +145,7 @@ def assemble(prepared: Prepared, calibration: Calibration, recipe: Recipe, notic
             "sites. Calibrate this network."
         )
     snn = spike(prepared, calibration, recipe.neuron, recipe.encoding, recipe.timesteps)
+    replay(snn, calibration)
     kept = [fate.path for fate in prepared.fates if fate.fate == "kept"]
     if kept:
         shown = ", ".join(kept[:8]) + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
