@@ -61,7 +61,7 @@ def correct(
     >>> torch.allclose(corrected(images).mean(0), ann(images).mean(0), atol=1e-5)
     True
     """
-    wanted = [corrections] if isinstance(corrections, Correction) else list(corrections)
+    wanted = [corrections] if isinstance(corrections, (Correction, str)) else list(corrections)
     strange = [kind for kind in wanted if not isinstance(kind, Correction)]
     if strange or not wanted:
         raise ArgumentError(
