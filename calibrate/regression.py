@@ -44,7 +44,7 @@ class WeightRegression(Correction):
     """
 
     ridge: float = 0.01
-    fluctuation: float = 0.4
+    fluctuation: float = 0.2
     rounds: int = 2
     rows: int = 32768
 
