@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/lmh report runs/demo/digits-cnn-snn-T4.safetensors --data digits
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,16 +1,32 @@
-"""Calibration: where the thresholds of a prepared network start."""
+"""Calibration: where the thresholds of a prepared network start.
+
+Every policy turns one histogram per activation into θ:
+
+- :class:`Max` and :class:`Percentile` look at the largest values alone, so their θ is the same for every T.
+- :class:`MinError` minimises the squared error of the ReLU with L levels that T steps can express,
+  L = min(T, ⌈base_levels + levels_per_step · T⌉). With its defaults L = T, as for one layer alone.
+- :class:`BatchNormStatistics` is MinError over the distribution that BatchNorm predicts; it needs no data.
+
+:func:`automatic` is what ``convert`` takes where no policy is named, and what ``--calibration minerror`` and
+``batchnorm`` mean on the command line: MinError(levels_per_step=0.5, base_levels=2.0) with data,
+BatchNormStatistics(levels_per_step=0.5, base_levels=2.0) without. So it counts L = ⌈T/2 + 2⌉ levels, which is T
+itself up to T = 5; from T = 6 on ``MinError()`` in Python, with L = T, gives larger thresholds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arguments import check_batches, check_kind, check_timesteps, refuse
 from ..errors import CalibrationError
-from ..records import Calibration, Prepared, Spike, plain_value
+from ..records import Calibration, Prepared, Spike
 from ..spiking import PerLayer
+from .blocks import Block, blocks
 from .correct import changes, correct, replay
 from .corrections import BatchNormReestimation, BiasCorrection, Correction, InitialPotential, SpikingMinError
 from .diagnose import Diagnosis, SiteError, diagnose
@@ -24,6 +40,7 @@ from .policies import (
     Percentile,
     Policy,
 )
+from .reconstruct import BlockResult, Reconstruction, reconstruct
 from .refit import refit, stand_ins
 from .regression import WeightRegression
 from .statistics import predicted_histograms
@@ -32,6 +49,8 @@ __all__ = [
     "BatchNormReestimation",
     "BatchNormStatistics",
     "BiasCorrection",
+    "Block",
+    "BlockResult",
     "Correction",
     "Diagnosis",
     "InitialPotential",
@@ -41,15 +60,18 @@ __all__ = [
     "MinError",
     "Percentile",
     "Policy",
+    "Reconstruction",
     "SiteError",
     "SpikingMinError",
     "WeightRegression",
     "automatic",
+    "blocks",
     "calibrate",
     "changes",
     "correct",
     "diagnose",
     "policy_text",
+    "reconstruct",
     "refit",
     "replay",
     "stand_ins",
@@ -57,6 +79,7 @@ __all__ = [
 
 
 FROM_QCFS = "taken over from QCFS"
+_POLICIES = (Max, Percentile, MinError, BatchNormStatistics, LocalThresholdBalancing, KLDivergence)
 
 
 def calibrate(
@@ -75,8 +98,21 @@ def calibrate(
         never positive takes the median of its layer's other channels, a silent layer takes 1.
 
     Raises:
+        ArgumentError: for arguments of a wrong type, such as a policy by name.
         CalibrationError: if the policy has nothing to work on, or the data holds NaN or no sample.
+
+    >>> from torch import nn
+    >>> from lmh.convert import prepare
+    >>> prepared = prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), sample_shape=(4,))
+    >>> calibration = calibrate(prepared, MinError(), timesteps=4, data=torch.rand(16, 4))
+    >>> calibration.samples, calibration.v_threshold["1"].shape
+    (16, torch.Size([8]))
     """
+    check_kind("calibrate: prepared", prepared, Prepared, "lmh.convert.prepare(ann, sample_shape)")
+    check_policy("calibrate: policy", policy)
+    check_timesteps(timesteps)
+    if data is not None and not isinstance(data, Tensor):
+        check_batches("calibrate: data", data)
     wanted = [path for path in prepared.spiking if _own_threshold(prepared, path) is None]
     histograms, samples = _histograms(prepared, policy, wanted, data)
     thresholds = {}
@@ -91,21 +127,54 @@ def calibrate(
 
 
 def automatic(has_data: bool) -> Policy:
-    """Return the policy that is used unless one is named: with data MinError, without BatchNormStatistics.
+    """Return the policy that is used unless one is named: MinError with data, BatchNormStatistics without.
 
-    Both count T/2 + 2 levels instead of T, which does better through many layers.
+    Both with levels_per_step = 0.5 and base_levels = 2, so they minimise the error of L = min(T, ⌈2 + T/2⌉) levels:
+    T itself up to T = 5, 6 at T = 8, 10 at T = 16. Through many layers that does better than L = T, which
+    ``MinError()`` counts (ours; docs/design.md has figures).
+
+    Args:
+        has_data: whether there are images to find thresholds on.
+
+    >>> policy_text(automatic(True))
+    'MinError(levels_per_step=0.5, base_levels=2, per channel)'
+    >>> policy_text(automatic(False))
+    'BatchNormStatistics(levels_per_step=0.5, base_levels=2, per channel)'
     """
     kind = MinError if has_data else BatchNormStatistics
     return kind(levels_per_step=0.5, base_levels=2.0)
 
 
 def policy_text(policy: Policy) -> str:
-    """Return a policy as text with its options: ``Max(per channel)``, ``Percentile(percent=99, per layer)``."""
-    options = [
-        f"{name}={value:g}" for name, value in plain_value(policy).items() if name not in ("type", "granularity")
-    ]
+    """Return a policy as text with its options.
+
+    >>> policy_text(Percentile(99.0, PerLayer()))
+    'Percentile(percent=99, per layer)'
+    """
+    names: list[str] = [item.name for item in fields(policy)] if is_dataclass(policy) else []
+    options = [f"{name}={_short(getattr(policy, name))}" for name in names if name != "granularity"]
     where = "per layer" if isinstance(policy.granularity, PerLayer) else "per channel"
     return f"{type(policy).__name__}({', '.join([*options, where])})"
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else repr(value)
+
+
+def check_policy(where: str, policy: object) -> None:
+    """Refuse what is no policy: its name, or its class.
+
+    Raises:
+        ArgumentError: with the policy to pass.
+    """
+    wanted = ("needs_data", "granularity", "threshold")
+    if not isinstance(policy, type) and all(hasattr(policy, name) for name in wanted):
+        return
+    name = policy.__name__ if isinstance(policy, type) else str(policy).partition(":")[0]
+    known = {kind.__name__.lower(): kind.__name__ for kind in _POLICIES} | {"batchnorm": "BatchNormStatistics"}
+    called = known.get(name.lower())
+    advice = f"Pass {called}()" if called else f"Pass one of {', '.join(f'{kind.__name__}()' for kind in _POLICIES)}"
+    raise refuse(where, policy, "a policy", f"{advice}, from lmh.calibrate.")
 
 
 def _own_threshold(prepared: Prepared, path: str) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..arguments import check_kind
 from ..errors import ArgumentError
 from ..records import Calibration, Prepared
 from ..spiking import sites
@@ -68,8 +69,10 @@ def correct(
             f"correct: {', '.join(map(str, strange)) or 'no correction'} came; expected corrections. "
             "Pass [WeightRegression(), SpikingMinError()], from lmh.calibrate."
         )
+    check_kind("correct: snn", snn, fx.GraphModule, "conversion.snn")
+    check_kind("correct: prepared", prepared, Prepared, "conversion.prepared")
     snn = own_copy(snn)
-    batches = input_batches(snn, data)
+    batches = input_batches(snn, data, "correct: data")
     lockstep = Lockstep(prepared, snn, batches)
     found = layers(lockstep)
     to_fit = {layer.synapse: layer for layer in found if layer.synapse is not None}
@@ -105,6 +108,13 @@ def changes(snn: fx.GraphModule, prepared: Prepared, policy: str, samples: int) 
         prepared: the ANN.
         policy: what found the values, as text.
         samples: how many samples were seen.
+
+    >>> from torch import nn
+    >>> from lmh.convert import convert
+    >>> conversion = convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), 2, data=torch.rand(64, 4))
+    >>> _ = conversion.snn.get_parameter("2.bias").data.add_(1)
+    >>> list(changes(conversion.snn, conversion.prepared, "by hand", 0).tensors)
+    ['2.bias']
     """
     original, found = prepared.model.state_dict(), sites(snn)
     tensors = {}
@@ -129,8 +139,19 @@ def changes(snn: fx.GraphModule, prepared: Prepared, policy: str, samples: int) 
 def replay(snn: fx.GraphModule, calibration: Calibration) -> None:
     """Put the tensors of a calibration into a fresh conversion; θ and v_init are there already.
 
+    Args:
+        snn: its tensors change.
+        calibration: of the same ANN and neurons.
+
     Raises:
         ArgumentError: if a tensor belongs to another network or to other neurons.
+
+    >>> from torch import nn
+    >>> from lmh.convert import convert
+    >>> snn = convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), 2, data=torch.rand(64, 4)).snn
+    >>> replay(snn, Calibration("by hand", 2, 0, {}, {}, {"2.bias": torch.tensor([1.0, 2.0])}))
+    >>> snn.get_parameter("2.bias").tolist()
+    [1.0, 2.0]
     """
     own = snn.state_dict()
     for name, value in calibration.tensors.items():

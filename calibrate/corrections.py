@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import ArgumentError, CalibrationError
-from ..ops import BATCHNORM_MODULES, module_of
+from ..op_table import BATCHNORM_MODULES
+from ..ops import module_of
 from ..spiking import COEFFICIENTS, SpikingSite
 from .layers import Layer, shift, target
 from .lockstep import Lockstep

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..arguments import check_kind
 from ..ops import module_of
 from ..records import Prepared
 from ..spiking import SpikingSite, sites
@@ -111,8 +112,10 @@ def diagnose(prepared: Prepared, snn: fx.GraphModule, data: Iterable[Any] | Tens
     >>> abs(row.clipping + row.rounding - row.total) < 1e-6
     True
     """
+    check_kind("diagnose: prepared", prepared, Prepared, "conversion.prepared")
+    check_kind("diagnose: snn", snn, fx.GraphModule, "conversion.snn")
     snn = own_copy(snn)
-    lockstep = Lockstep(prepared, snn, input_batches(snn, data))
+    lockstep = Lockstep(prepared, snn, input_batches(snn, data, "diagnose: data"))
     found = sites(snn)
     rows = []
     with torch.no_grad():

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import split_batch
 from ..errors import CalibrationError
+from ..structures import input_count
 
 BINS = 1024
 
@@ -92,12 +94,13 @@ def observe(model: nn.Module, bounds: Mapping[str, float], batches: Iterable[Any
     Args:
         model: a prepared network.
         bounds: its activations to watch, and the largest value that each gives.
-        batches: tensors [N, *F], or tuples whose first entry is one.
+        batches: tensors [N, *F], or tuples that begin with one for each input.
 
     Returns:
         A histogram for each path, and the number of samples seen.
 
     Raises:
+        ArgumentError: for batches of another form.
         CalibrationError: for values that are not finite, with the activation's path, or without any sample.
     """
     histograms: dict[str, Histogram] = {}
@@ -118,10 +121,11 @@ def observe(model: nn.Module, bounds: Mapping[str, float], batches: Iterable[Any
                 lambda _module, args, path=path: watch(path, args[0])
             )
             stack.callback(handle.remove)
+        count = input_count(model)
         for batch in batches:
-            x = batch if isinstance(batch, Tensor) else batch[0]
-            model(x.to(parameter))
-            samples += len(x)
+            inputs, _ = split_batch("calibrate: data", batch, count)
+            model(*(x.to(parameter) for x in inputs))
+            samples += len(inputs[0])
     if samples == 0:
         raise CalibrationError("the calibration data gave no batch; expected at least one sample. Check the data set.")
     return histograms, samples

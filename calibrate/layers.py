@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ..ops import BATCHNORM_MODULES, SYNAPSE_MODULES, module_of
+from ..op_table import BATCHNORM_MODULES, SYNAPSE_MODULES
+from ..ops import module_of
 from ..spiking import SpikingSite
 from ..time_axis import EnterTail, LeaveTail, LeaveTime, RepeatInTail, RepeatOverTime
 from .lockstep import Lockstep

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..arguments import check_batches, split_batch
 from ..errors import ArgumentError, CalibrationError
 from ..records import Prepared
 from ..spiking import SpikingSite
+from ..structures import input_count
 from ..time_axis import FoldEvents, time_axis
+from .blocks import of_the_input
 
 BATCH = 128
 
@@ -36,6 +39,7 @@ class Lockstep:
     def __init__(self, prepared: Prepared, snn: fx.GraphModule, batches: list[tuple[Tensor, ...]]) -> None:
         self.snn = snn
         self.timesteps = time_axis(snn).timesteps
+        self._signals = of_the_input(snn.graph)
         self._twins = {node.name: node for node in prepared.model.graph.nodes}
         missing = [
             path for path in prepared.spiking if not isinstance(dict(snn.named_modules()).get(path), SpikingSite)
@@ -84,11 +88,20 @@ class Lockstep:
 
         What does not depend on time comes T times, without a copy.
         """
-        return [self._unfolded(value, size) for value, size in zip(self.raw(node), self.sizes, strict=True)]
+        values = self.raw(node)
+        if node not in self._signals:
+            return [value.expand(self.timesteps, *value.shape) for value in values]
+        return [self._unfolded(value, size) for value, size in zip(values, self.sizes, strict=True)]
 
     def received(self, node: fx.Node) -> list[Tensor]:
-        """Return the mean over time of what a node of the spiking network gives, [N, *F] for each batch."""
-        return [_mean(value, size) for value, size in zip(self.raw(node), self.sizes, strict=True)]
+        """Return the mean over time of what a node of the spiking network gives, [N, *F] for each batch.
+
+        What does not depend on the input, such as a parameter, comes as it is.
+        """
+        values = self.raw(node)
+        if node not in self._signals:
+            return values
+        return [_mean(value, size) for value, size in zip(values, self.sizes, strict=True)]
 
     def expected(self, node: fx.Node) -> list[Tensor]:
         """Return what the ANN's node gives, [N, *F] for each batch; the mean over the frames of events."""
@@ -103,7 +116,7 @@ class Lockstep:
 
 
 def _mean(value: Tensor, size: int) -> Tensor:
-    return value if value.shape[0] == size else value.unflatten(0, (-1, size)).mean(0)
+    return value if len(value) == size else value.unflatten(0, (-1, size)).mean(0)
 
 
 def _started(model: fx.GraphModule, inputs: tuple[Tensor, ...]) -> fx.Interpreter:
@@ -133,28 +146,28 @@ def takes_events(snn: fx.GraphModule) -> bool:
     return any(isinstance(module, FoldEvents) for module in snn.modules())
 
 
-def input_batches(snn: fx.GraphModule, data: Iterable[Any] | Tensor) -> list[tuple[Tensor, ...]]:
+def input_batches(snn: fx.GraphModule, data: Iterable[Any] | Tensor, where: str = "data") -> list[tuple[Tensor, ...]]:
     """Return calibration data as batches of the network's inputs on its device.
 
     Args:
         snn: the spiking network that takes them.
         data: batches [N, *F] (or tuples that begin with one for each input), or one tensor; [T, N, *F] for a network
             of event frames.
+        where: the call, for messages.
 
     Raises:
-        CalibrationError: if there is no sample, or a value that is not finite.
+        ArgumentError: for data of another form.
+        CalibrationError: if there is no batch, or a value that is not finite.
     """
-    count = sum(node.op == "placeholder" for node in snn.graph.nodes)
-    if isinstance(data, Tensor):
-        data = data.split(BATCH, 1 if takes_events(snn) else 0)
-    parameter = next(snn.parameters())
+    if not isinstance(data, Tensor):
+        check_batches(where, data)
+    events, count, parameter = takes_events(snn), input_count(snn), next(snn.parameters())
     batches = []
-    for batch in data:
-        inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)[:count]
+    for batch in data.split(BATCH, 1 if events else 0) if isinstance(data, Tensor) else data:
+        inputs, _ = split_batch(where, batch, count)
         if not all(torch.isfinite(x).all() for x in inputs):
             raise CalibrationError("input: the data has NaN or infinite values; expected finite ones. Check the data.")
-        if inputs[0].numel():
-            batches.append(tuple(x.to(parameter) for x in inputs))
+        batches.append(tuple(x.to(parameter) for x in inputs))
     if not batches:
         raise CalibrationError("the calibration data gave no batch; expected at least one sample. Check the data set.")
     return batches

@@ -102,10 +102,11 @@ class MinError:
     rounding error at the given T (the layer-wise error of Deng & Gu 2021 and Li et al. 2021). In a network
     currents are not constant and the finest levels are lost to the order in which spikes arrive; counting
     fewer than T levels then gives smaller thresholds that do better (ours; docs/design.md has figures).
+    ``MinError()`` has L = T; :func:`lmh.calibrate.automatic` chooses MinError(0.5, 2.0), which has L = ⌈T/2 + 2⌉.
 
     Attributes:
-        levels_per_step: L = ⌈base_levels + levels_per_step · T⌉, at most T.
-        base_levels: likewise.
+        levels_per_step: slope of L = min(T, ⌈base_levels + levels_per_step · T⌉).
+        base_levels: L at T = 0 on that line.
         granularity: one θ for each channel, or for the layer.
     """
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import CalibrationError
-from ..ops import BATCHNORM_MODULES, SYNAPSE_MODULES, Kind, kind_of, module_of
+from ..op_table import BATCHNORM_MODULES, SYNAPSE_MODULES, Kind
+from ..ops import kind_of, module_of
 from ..qcfs import QCFS
 from ..records import Prepared
 
@@ -19,11 +20,17 @@ LEAST_SCALE = 1e-4
 
 
 def stand_ins(prepared: Prepared) -> list[str]:
-    """Return the activations that become neurons without being rectifiers, by path."""
+    """Return the activations that become neurons without being rectifiers, by path.
+
+    >>> from lmh.convert import ReluSurgery, prepare
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 8), nn.ReLU())
+    >>> stand_ins(prepare(net, (4,), surgery=ReluSurgery()))
+    ['1']
+    """
     return [path for path in prepared.spiking if type(prepared.model.get_submodule(path)) not in RECTIFIERS]
 
 
-def refit(prepared: Prepared, images: Tensor) -> Prepared:
+def refit(prepared: Prepared, *images: Tensor) -> Prepared:
     """Put ReLUs where neurons will stand in for other activations, and make the layers behind agree again (ours).
 
     Both networks run side by side over one batch, node by node from input to output. Behind each layer the mean
@@ -33,27 +40,36 @@ def refit(prepared: Prepared, images: Tensor) -> Prepared:
 
     Args:
         prepared: from :func:`lmh.convert.prepare` with surgery; not changed.
-        images: one batch [N, *F] as the network takes it; the more samples, the less noise. Labels are not needed.
+        images: one batch [N, *F] as the network takes it, for several inputs one of each; the more samples, the less
+            noise. Labels are not needed.
 
     Returns:
         The network with ReLUs in the place of the stand-ins; ``prepared`` itself where there are none.
 
     Raises:
         CalibrationError: if the images are not finite, or fewer than two.
+
+    >>> from lmh.convert import ReluSurgery, prepare
+    >>> prepared = prepare(nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 2)), (4,), surgery=ReluSurgery())
+    >>> x = torch.randn(64, 4)
+    >>> again = refit(prepared, x)
+    >>> torch.allclose(again.model(x).mean(0), prepared.model(x).mean(0), atol=1e-5)
+    True
     """
     paths = stand_ins(prepared)
     if not paths:
         return prepared
-    if len(images) < 2 or not torch.isfinite(images).all():
+    if not images or len(images[0]) < 2 or not all(torch.isfinite(x).all() for x in images):
         raise CalibrationError(
-            f"refit: {len(images)} images came, or values that are not finite; expected two or more."
+            f"refit: {len(images[0]) if images else 'no'} images came, or values that are not finite; expected two or "
+            "more."
         )
     model = copy.deepcopy(prepared.model)
     for path in paths:
         model.set_submodule(path, nn.ReLU())
     parameter = next(model.parameters(), torch.empty(()))
     with torch.no_grad():
-        _Lockstep(prepared.model, model).run(images.to(parameter))
+        _Lockstep(prepared.model, model).run(*(x.to(parameter) for x in images))
     return replace(prepared, model=model)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..ops import BATCHNORM_MODULES, module_of
+from ..op_table import BATCHNORM_MODULES
+from ..ops import module_of
 from ..spiking import SpikingSite
 from .corrections import Correction
 from .layers import LEAST_SCALE, Layer, gain, shift, target

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,17 +18,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..ops import (
+from ..op_table import (
+    AVGPOOL_MODULES,
     BATCHNORM_MODULES,
+    CASTS,
+    DROPOUT_FUNCTIONS,
     DROPOUT_MODULES,
+    INSTANCENORM_MODULES,
+    MAXPOOL_MODULES,
+    PAD_MODULES,
+    PRODUCTS,
+    QUOTIENTS,
     SYNAPSE_MODULES,
+    UPSAMPLE_MODULES,
     Kind,
-    argument,
-    kind_of,
-    module_of,
 )
+from ..ops import argument, kind_of, module_of
 from ..records import Prepared, Spike
 from ..shapes import node_values
+from ..structures import batched
 from .histogram import BINS, Histogram
 
 
@@ -40,7 +49,7 @@ class Moments(NamedTuple):
 
 def predicted_histograms(prepared: Prepared) -> tuple[dict[str, Histogram], list[str]]:
     """Return a histogram for every spiking activation whose statistics are known, and the other paths."""
-    values = node_values(prepared.model, (2, *prepared.sample_shape))
+    values = node_values(prepared.model, batched(prepared.sample_shape, 2))
     moments: dict[fx.Node, Moments | None] = {}
     known: dict[str, Histogram] = {}
     unknown: list[str] = []
@@ -99,7 +108,7 @@ def largest_of(count: int) -> tuple[float, float]:
 
 def _carry(node: fx.Node, moments: dict[fx.Node, Moments | None], values: dict[fx.Node, Any]) -> Moments | None:
     module = module_of(node)
-    if isinstance(module, BATCHNORM_MODULES):
+    if module is not None and _is_running_norm(module):
         return _batchnorm(module)
     inputs = [moments[source] for source in node.all_input_nodes if kind_of(source) is not Kind.SIZE]
     known = [entry for entry in inputs if entry is not None]
@@ -119,27 +128,53 @@ def _carry(node: fx.Node, moments: dict[fx.Node, Moments | None], values: dict[f
             return _arithmetic(node, moments)
         case Kind.AFFINE | Kind.SHAPE if node.target is F.pad:
             return _padded(node, known[0], len(shape))
-        case Kind.AFFINE | Kind.SHAPE if node.op == "call_module" or node.target in _KEEPS_CHANNELS:
+        case Kind.AFFINE | Kind.SHAPE if _keeps_channels(node):
             return _moved(node, known, shape)
     return None
 
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_SUBTRACTS = {operator.sub, operator.isub, torch.sub, "sub", "sub_"}
-_DIVIDES = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
-_MULTIPLIES = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-_ARITHMETIC: set[Any] = {operator.neg, "neg", *_ADDS, *_SUBTRACTS, *_DIVIDES, *_MULTIPLIES}
+_SUBTRACTS = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract"}
+_NEGATES = {operator.neg, torch.neg, torch.negative, "neg", "negative"}
+_ARITHMETIC: set[Any] = {*_NEGATES, *_ADDS, *_SUBTRACTS, *PRODUCTS}
 _FLATTENS: set[Any] = {torch.flatten, torch.reshape, "flatten", "view", "reshape"}
 _KEEPS_CHANNELS: set[Any] = {
-    torch.cat, torch.concat, torch.concatenate, torch.mean, "mean", "contiguous", F.dropout, F.dropout2d, F.dropout3d,
-    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
-    F.interpolate, operator.getitem, *_FLATTENS,
+    torch.cat, torch.concat, torch.concatenate, torch.mean, "mean", F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
+    F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate, torch.clone, torch.detach,
+    "clone", "detach", "contiguous", "cpu", "cuda", *CASTS, *DROPOUT_FUNCTIONS, *_FLATTENS,
 }  # fmt: skip
+_KEEPS_CHANNELS_MODULES = (
+    *AVGPOOL_MODULES, *MAXPOOL_MODULES, *PAD_MODULES, *UPSAMPLE_MODULES, *DROPOUT_MODULES, nn.Identity, nn.Flatten,
+)  # fmt: skip
+
+
+def _is_running_norm(module: nn.Module) -> bool:
+    """Whether ``module`` normalises by statistics from training."""
+    norms = (*BATCHNORM_MODULES, *INSTANCENORM_MODULES)
+    return isinstance(module, norms) or _is_torchvisions(module, "FrozenBatchNorm2d")
+
+
+def _is_torchvisions(module: nn.Module | None, name: str) -> bool:
+    """Whether ``module`` is of torchvision.ops' type ``name``; without torchvision none is."""
+    ops = sys.modules.get("torchvision.ops")
+    return ops is not None and isinstance(module, getattr(ops, name))
+
+
+def _keeps_channels(node: fx.Node) -> bool:
+    """Whether axis 1 of the result holds the channels of the input, in their order, or all of them flattened."""
+    module = module_of(node)
+    if module is not None:
+        return isinstance(module, _KEEPS_CHANNELS_MODULES) or _is_torchvisions(module, "StochasticDepth")
+    if node.target is operator.getitem:
+        parts = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return all(isinstance(part, slice) or part is Ellipsis for part in parts)
+    return node.target in _KEEPS_CHANNELS
 
 
 def _arithmetic(node: fx.Node, moments: dict[fx.Node, Moments | None]) -> Moments | None:
     """Carry moments through +, −, ×, ÷ and negation of signals and plain numbers."""
-    if node.target in (operator.neg, "neg"):
+    if node.target in _NEGATES:
         entry = moments[node.all_input_nodes[0]]
         return None if entry is None else Moments(-entry.mean, entry.variance)
     if len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
@@ -157,7 +192,7 @@ def _arithmetic(node: fx.Node, moments: dict[fx.Node, Moments | None]) -> Moment
         return Moments(signal.mean + number, signal.variance)
     if node.target in _SUBTRACTS:
         return Moments(signal.mean - number if signal is a else number - signal.mean, signal.variance)
-    factor = 1 / number if node.target in _DIVIDES else number
+    factor = 1 / number if node.target in QUOTIENTS else number
     return Moments(signal.mean * factor, signal.variance * factor**2)
 
 

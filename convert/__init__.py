@@ -1,6 +1,7 @@
 """Conversion: from any pretrained ANN to a spiking network, and back from a file."""
 
 from .loading import Source, load_source
+from .maxpool import MAXPOOLS, AveragePool, BeforeNeuron, Gated
 from .pipeline import Conversion, Recipe, assemble, convert
 from .prepare import prepare
 from .rules import DEFAULT_RULES, ReluSurgery, as_neuron, from_qcfs, keep
@@ -9,9 +10,13 @@ from .storage import load, save
 
 __all__ = [
     "DEFAULT_RULES",
+    "MAXPOOLS",
+    "AveragePool",
+    "BeforeNeuron",
     "Conversion",
     "DirectCoding",
     "EventFrames",
+    "Gated",
     "Recipe",
     "ReluSurgery",
     "Source",

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx
 
 from ..errors import ArgumentError
-from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of, label, module_of
+from ..op_table import DROPOUT_FUNCTIONS, Kind
+from ..ops import activation_module, argument, kind_of, label, module_of, signals
 from ..records import Keep, NodeFate, Spike
 from ..shapes import BATCHES, batch_use, leading, node_values
-from .rules import Plan, Rules
+from ..structures import batched, structure_text, tensors_of
+from .maxpool import pool_fate, pool_problem
+from .refusals import describe, refusal
+from .rules import Plan
 
 Decisions = dict[fx.Node, Spike | Keep]
 _AFTER_READOUT = (Kind.READOUT, Kind.OUTPUT)
 
 
 def audit(
-    model: fx.GraphModule, plan: Plan, sample_shape: Sequence[int]
+    model: fx.GraphModule, plan: Plan, sample_shape: Sequence[Any]
 ) -> tuple[Decisions, list[NodeFate], list[str]]:
     """Look at every node and change nothing.
 
     Args:
         model: a traced ANN without in-place nodes.
-        plan: rules, what to keep, and surgery.
-        sample_shape: shape of one input sample.
+        plan: rules, what to keep, surgery, and what becomes of max-pools.
+        sample_shape: shape of one input sample, or of one of each input.
 
     Returns:
         What the plan says for each activation node, the fate of every node, and a line for each problem.
@@ -33,10 +38,11 @@ def audit(
     decisions: Decisions = {}
     fates: list[NodeFate] = []
     problems: list[str] = []
+    carried = signals(model.graph)
     for node in model.graph.nodes:
-        fate = "unchanged"
+        fate = pool_fate(node, plan.maxpool)
         try:
-            decision = _decide(node, plan)
+            decision = _decide(node, plan) if node in carried else None
         except ArgumentError as error:
             problems.append(str(error))
             fate = "refused"
@@ -45,12 +51,10 @@ def audit(
                 decisions[node] = decision
                 fate = "converted" if isinstance(decision, Spike) else "kept"
         fates.append(NodeFate(label(node), describe(node), fate))
-    problems += [problem for node in model.graph.nodes if (problem := _pool_problem(node, decisions))]
+    problems += [problem for node in model.graph.nodes if (problem := pool_problem(node, decisions, plan.maxpool))]
     problems += _structure_problems(model)
-    unknown = plan.keep - {fate.path for fate in fates}
-    problems += [
-        f"{path}: nothing in the network has this path; expected one that --dry-run lists." for path in sorted(unknown)
-    ]
+    known = [fate.path for fate in fates]
+    problems += [_unknown_path(path, known) for path in sorted(plan.keep - set(known))]
     if not problems:
         problems += batch_problems(model, sample_shape)
     if not any(isinstance(decision, Spike) for decision in decisions.values()) and not problems:
@@ -61,23 +65,8 @@ def audit(
     return decisions, fates, problems
 
 
-def describe(node: fx.Node) -> str:
-    """Return what a node is, in words a user knows: ``torch.nn.GELU``, ``torch.softmax``, ``.view()``."""
-    module = module_of(node)
-    if module is not None:
-        kind = type(module)
-        return f"torch.nn.{kind.__name__}" if kind.__module__.startswith("torch.nn") else kind.__qualname__
-    if node.op == "call_method":
-        return f".{node.target}()"
-    if node.op == "call_function":
-        target: Any = node.target
-        home = (getattr(target, "__module__", "") or "torch").replace("_operator", "operator")
-        return f"{home}.{getattr(target, '__name__', target)}"
-    return node.op
-
-
 def _decide(node: fx.Node, plan: Plan) -> Spike | Keep | None:
-    """Apply the rules to one node; None for nodes that need none.
+    """Apply the rules to one node that carries a signal; None for nodes that need none.
 
     Raises:
         ArgumentError: with the problem's text.
@@ -105,106 +94,48 @@ def _decide(node: fx.Node, plan: Plan) -> Spike | Keep | None:
                 raise ArgumentError(f"{label(node)}: {error}") from error
     if plan.surgery is not None:
         return Spike() if isinstance(activation, plan.surgery.stand_ins) else Keep()
-    raise ArgumentError(_refusal(node, kind, activation, rules))
+    raise ArgumentError(refusal(node, plan.rules))
 
 
-def _refusal(node: fx.Node, kind: Kind, activation: nn.Module | None, rules: Rules) -> str:
-    supported = ", ".join(rule.__name__ for rule in rules)
-    if activation is not None:
-        name = type(activation).__name__
-        shown = f"torch.nn.{name}" if type(activation).__module__.startswith("torch.nn") else name
-        return (
-            f"{label(node)}: no rule for {shown} (supported: {supported}). "
-            f"Pass rules={{{shown.replace('torch.', '')}: as_neuron}}, or --surgery relu, and fine-tune; or --keep "
-            f"{label(node)} to leave it analog."
-        )
-    if kind is Kind.READOUT:
-        return (
-            f"{label(node)}: {describe(node)} before the output (supported there: {supported}). "
-            f"Pass --keep {label(node)}, or --surgery relu, to leave it analog."
-        )
-    reason = "a product of two signals" if len(node.all_input_nodes) > 1 else "not an affine node"
-    return (
-        f"{label(node)}: no rule for {describe(node)}, {reason}. Pass --keep {label(node)}, or --surgery relu, to "
-        "leave it analog (keep=, surgery=ReluSurgery() in Python), or rewrite it with convolutions, sums and pools."
+def _unknown_path(path: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(path, known, 3)
+    return f"{path}: nothing in the network has this path; expected one that --dry-run lists (examine() in Python)" + (
+        f", such as {', '.join(near)}." if near else "."
     )
 
 
-def pool_sources(pool: fx.Node) -> list[fx.Node]:
-    """Return the values that a max-pool reads, seen through a concat over channels."""
-    source = pool.all_input_nodes[0]
-    if is_channel_concat(source):
-        return list(source.args[0])  # type: ignore[arg-type]
-    return [source]
-
-
-def is_channel_concat(node: fx.Node) -> bool:
-    """Whether ``node`` joins tensors over axis 1."""
-    name = getattr(node.target, "__name__", "")
-    return node.op == "call_function" and name in ("cat", "concat", "concatenate") and argument(node, 1, "dim", 0) == 1
-
-
-def _pool_problem(node: fx.Node, decisions: Decisions) -> str | None:
-    if kind_of(node) is not Kind.MAXPOOL:
-        return None
-    module = module_of(node)
-    if getattr(module, "return_indices", False) or node.kwargs.get("return_indices"):
-        return f"{label(node)}: max-pool with return_indices has no spiking form. Pool without indices."
-    for source in pool_sources(node):
-        if isinstance(decisions.get(source), Spike) or kind_of(source) is Kind.MAXPOOL:
-            continue
-        spiking = _spikes_behind(source, decisions)
-        if spiking is not None:
-            return (
-                f"{label(node)}: a max-pool reads the spikes of {label(spiking)} through {label(source)}; expected "
-                "it directly behind the activation, or behind a weighted layer. Move the pool, or use an average pool."
-            )
-    return None
-
-
-def _spikes_behind(node: fx.Node, decisions: Decisions) -> fx.Node | None:
-    """Return a spiking activation that reaches ``node`` without a weighted layer between."""
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if isinstance(decisions.get(current), Spike):
-            return current
-        if current in seen or kind_of(current) is Kind.SYNAPSE:
-            continue
-        seen.add(current)
-        pending += current.all_input_nodes
-    return None
-
-
 def _structure_problems(model: fx.GraphModule) -> list[str]:
-    inputs = [node for node in model.graph.nodes if node.op == "placeholder" and node.users]
     problems = []
-    if len(inputs) != 1:
-        names = ", ".join(node.name for node in inputs) or "none"
-        problems.append(f"the network has the inputs {names}; expected one tensor [N, …].")
-    (output,) = (node for node in model.graph.nodes if node.op == "output")
-    if not isinstance(output.args[0], fx.Node):
+    if not any(node.op == "placeholder" and node.users for node in model.graph.nodes):
         problems.append(
-            f"the network returns a {type(output.args[0]).__name__}; expected one tensor [N, classes]. "
-            "Wrap it in a module that returns the tensor you want."
+            "the network's output does not depend on its input; expected one that does. Look at its forward."
+        )
+    (output,) = (node for node in model.graph.nodes if node.op == "output")
+    if not output.all_input_nodes:
+        problems.append(
+            f"the network returns {structure_text(output.args[0])} without a tensor; expected one tensor [N, …] or "
+            "more, in tuples and dicts if you like. Return them from forward."
         )
     return problems
 
 
-def batch_problems(model: fx.GraphModule, sample_shape: Sequence[int]) -> list[str]:
+def batch_problems(model: fx.GraphModule, sample_shape: Sequence[Any]) -> list[str]:
     """Say where a node does not keep the batch on axis 0, from shapes at two batch sizes."""
-    small, large = (node_values(model, (batch, *sample_shape)) for batch in BATCHES)
+    small, large = (node_values(model, batched(sample_shape, batch)) for batch in BATCHES)
     signals: set[fx.Node] = set()
     for node in model.graph.nodes:
-        if node.op == "placeholder" or (isinstance(small[node], Tensor) and signals & set(node.all_input_nodes)):
+        if node.op == "placeholder" or (tensors_of(small[node]) and signals & set(node.all_input_nodes)):
             signals.add(node)
     return [
         f"{label(node)}: {describe(node)} gives {_shape(small[node])} at batch size {BATCHES[0]} and "
         f"{_shape(large[node])} at {BATCHES[1]}; expected the batch on axis 0 and nowhere else. "
         "Reshape with x.size(0) or flatten(1)."
         for node in model.graph.nodes
-        if not keeps_batch((small[node], large[node]))
-        or (node in signals and batch_use((small[node], large[node])) == "free")
+        if kind_of(node) is not Kind.OUTPUT
+        and (
+            not keeps_batch((small[node], large[node]))
+            or (node in signals and batch_use((small[node], large[node])) == "free")
+        )
     ]
 
 

@@ -21,9 +21,10 @@ from ..records import Evaluation, plain_value
 from ..results import describe_network
 from ..terminal import Terminal, print_fates, print_result
 from ..time_axis import MAX_TIMESTEPS
-from .cli_inputs import SEED, Amounts, Inputs, NumbersType, PolicyType, open_inputs
+from .cli_inputs import SEED, Amounts, Inputs, NumbersType, PolicyType, open_inputs, source_options
 from .export_cli import FORMATS, FORMATS_HELP, export_as, export_files
 from .loading import Source, load_source
+from .maxpool import MAXPOOLS, MaxPool
 from .pipeline import Conversion, convert
 from .prepare import examine
 from .rules import ReluSurgery
@@ -47,10 +48,13 @@ class Job:
     std: tuple[float, ...] | None
     epochs: int
     device: torch.device
+    entry: str | None
     trust_pickle: bool
+    modules: tuple[str, ...]
     output: Path
     keep: tuple[str, ...]
     surgery: ReluSurgery | None
+    maxpool: MaxPool
     exports: tuple[str, ...]
 
 
@@ -58,7 +62,7 @@ class Job:
 @click.argument("source")
 @click.option("--timesteps", "-T", type=click.IntRange(1, MAX_TIMESTEPS), required=True, help="Time steps T.")
 @click.option("--data", metavar="SPEC", help="digits, npz:FILE, cifar10:DIR, cifar100:DIR or folder:DIR.")
-@click.option("--arch", metavar="NAME", help="Architecture of a state_dict; recognised unless given.")
+@source_options
 @click.option(
     "--calibration", type=PolicyType(), default="auto", show_default=True, metavar="POLICY",
     help="auto, max, percentile:P, minerror or batchnorm. auto: minerror with data, batchnorm without.",
@@ -78,7 +82,6 @@ class Job:
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of sample order and training.")
-@click.option("--trust-pickle", is_flag=True, help="Let a pickled SOURCE run code. Only for files you trust.")
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: SOURCE-snn-T4.safetensors here."
 )
@@ -88,6 +91,11 @@ class Job:
     type=click.Choice(["relu"]),
     help="Let neurons stand in for SiLU, GELU and the like, and keep gates and normalisations analog.",
 )
+@click.option(
+    "--maxpool", type=click.Choice(list(MAXPOOLS)), default="before", show_default=True,
+    help="before: the maximum of the currents, in front of the neurons; gated: behind them, what passes adds up to the "
+    "maximum of the rates, at every T; average: an average pool instead, another function, to be fine-tuned.",
+)  # fmt: skip
 @click.option(
     "--export", "exports", type=FORMATS, multiple=True, help=f"Also write this format; may be repeated. {FORMATS_HELP}"
 )
@@ -106,6 +114,7 @@ def convert_command(
     output: Path | None,
     as_json: bool,
     surgery: str | None,
+    maxpool: str,
     dry_run: bool,
     **options: Any,
 ) -> int:
@@ -125,6 +134,7 @@ def convert_command(
         device=_device(device),
         output=output or default_output(source, timesteps),
         surgery=ReluSurgery() if surgery == "relu" else None,
+        maxpool=MAXPOOLS[maxpool],
         **options,
     )
     if job.epochs and job.data is None:
@@ -207,7 +217,9 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
 def audit_job(job: Job, terminal: Terminal) -> dict[str, Any]:
     """Say what would become of every node, whether it can be converted or not."""
     source, inputs = _open(job, terminal)
-    fates, problems = examine(source.model, inputs.preprocessing.input_size, keep=job.keep, surgery=job.surgery)
+    fates, problems = examine(
+        source.model, inputs.preprocessing.input_size, keep=job.keep, surgery=job.surgery, maxpool=job.maxpool
+    )
     nodes = {fate: [node.path for node in fates if node.fate == fate] for fate in ("converted", "kept", "refused")}
     return {"source": job.source, "fates": plain_value(fates), "nodes": nodes, "problems": problems}
 
@@ -238,7 +250,9 @@ def _check_output(job: Job) -> None:
     for file in (job.output, *export_files(job.output, job.exports)):
         for what, path in inputs.items():
             if is_there(path) and is_there(file) and file.samefile(path):
-                raise click.UsageError(f"{file} is {what}, which is never overwritten. Choose another --output.")
+                raise click.UsageError(
+                    f"{file} is {what}, which is never overwritten. Choose another file with --output."
+                )
     try:
         with tempfile.NamedTemporaryFile(prefix=f".{job.output.name}.", dir=job.output.parent):
             pass
@@ -252,7 +266,9 @@ def _check_output(job: Job) -> None:
 
 def _load(job: Job) -> Source:
     try:
-        return load_source(job.source, arch=job.arch, trust_pickle=job.trust_pickle)
+        return load_source(
+            job.source, arch=job.arch, entry=job.entry, trust_pickle=job.trust_pickle, modules=job.modules
+        )
     except ArgumentError as error:
         if job.arch is None:
             raise
@@ -273,6 +289,7 @@ def _convert(job: Job, source: Source, inputs: Inputs, terminal: Terminal) -> Co
         example_input=example,
         keep=job.keep,
         surgery=job.surgery,
+        maxpool=job.maxpool,
     )
 
 

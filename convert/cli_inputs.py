@@ -18,6 +18,26 @@ from ..zoo.registry import IMAGENET
 from .loading import Source
 
 SEED = click.IntRange(0, 2**63 - 1)
+TRUST_OPTION = click.option(
+    "--trust-pickle", is_flag=True, help="Let a pickled file run code. Only for files you trust."
+)
+MODULE_OPTION = click.option(
+    "--module", "modules", multiple=True, metavar="NAME",
+    help="Your module, as in my_pkg.my_file, whose classes a pickle names; may be given several times.",
+)  # fmt: skip
+_SOURCE_OPTIONS = (
+    click.option("--arch", metavar="NAME", help="Architecture of a state_dict; recognised unless given."),
+    click.option("--entry", metavar="KEY", help="What to take of a checkpoint that holds several sets of weights."),
+    TRUST_OPTION,
+    MODULE_OPTION,
+)
+
+
+def source_options(command: Any) -> Any:
+    """Add the options that say how a model file is read, with the names of :func:`load_source`'s arguments."""
+    for option in reversed(_SOURCE_OPTIONS):
+        command = option(command)
+    return command
 
 
 class PolicyType(click.ParamType):

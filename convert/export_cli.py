@@ -11,6 +11,7 @@ from torch import fx
 
 from ..artifact import user_path
 from ..terminal import Terminal
+from .cli_inputs import MODULE_OPTION, TRUST_OPTION
 from .export import Exact, Exported, Project, export_nir, export_onnx, export_pt2
 from .pipeline import Conversion
 from .storage import load
@@ -45,12 +46,19 @@ def export_as(name: str, network: Conversion | fx.GraphModule, file: Path) -> Ex
 @click.option("--to", "name", type=FORMATS, required=True, help=FORMATS_HELP)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: FILE with another ending.")
 @click.option("--source", metavar="FILE", help="The ANN, where the saved network names none that can be built.")
-@click.option("--trust-pickle", is_flag=True, help="Let a pickled --source run code. Only for files you trust.")
+@TRUST_OPTION
+@MODULE_OPTION
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
 )
 def export_command(
-    file: str, name: str, output: Path | None, source: str | None, trust_pickle: bool, as_json: bool
+    file: str,
+    name: str,
+    output: Path | None,
+    source: str | None,
+    trust_pickle: bool,
+    modules: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Write the spiking network FILE, or zoo:NAME, as ONNX, torch.export or NIR.
 
@@ -64,7 +72,7 @@ def export_command(
         raise click.UsageError(f"--output {target} is the network itself. Choose another file.")
     terminal = Terminal(results=not as_json)
     with terminal.stage("exporting", None):
-        exported = export_as(name, load(file, source, trust_pickle=trust_pickle), target)
+        exported = export_as(name, load(file, source, trust_pickle=trust_pickle, modules=modules), target)
     if as_json:
         click.echo(json.dumps(exported.to_json()))
         return

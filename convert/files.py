@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import pickle
-import warnings
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..artifact import FORMAT, is_there, read_tensors
-from ..errors import ArtifactError, SourceError, UnsafePickleError
-from ..torchvision_shim import torchvision
+from ..errors import ArtifactError, SourceError
+from .pickles import NO_TRUST, Trust, read_pickle
 
-TRUSTED_PREFIXES = ("torch.nn.modules.", "torchvision.", "lmh.")
-TRUST_ADVICE = (
-    "Only if you trust where the file comes from, pass --trust-pickle (trust_pickle=True), which lets it run "
-    "code. Better: save the state_dict alone with torch.save(model.state_dict(), file)."
-)
+OLD_PROGRAM = "serialized_exported_program.json"
+"""The entry that tells a torch.export archive of the layout before torch 2.8."""
 
 
 class FileKind(Enum):
@@ -71,7 +62,7 @@ def _zip_kind(path: Path) -> FileKind:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # zipfile raises almost anything on a damaged directory
         raise SourceError(
             f"{path}: a truncated or damaged archive ({error}); expected a whole file of torch.save. Copy it again."
         ) from error
@@ -80,20 +71,21 @@ def _zip_kind(path: Path) -> FileKind:
         return FileKind.TORCHSCRIPT
     if "data.pkl" in inner:
         return FileKind.TORCH_ZIP
-    if "archive_format" in inner or any(name.startswith("models/") for name in inner):
+    if "archive_format" in inner or any(name.startswith("models/") for name in inner) or OLD_PROGRAM in names:
         return FileKind.EXPORTED
     raise SourceError(f"{path}: an archive without a model; expected a file of torch.save. Name the model file itself.")
 
 
-def read_object(path: Path, *, trust_pickle: bool = False) -> Any:
+def read_object(path: Path, trust: Trust = NO_TRUST) -> Any:
     """Return what a model file holds, a module or a dict, on the CPU.
 
-    Classes of torch.nn, torchvision and this package are allowed in a pickle; nothing else that it names is
-    imported or run unless ``trust_pickle`` is set.
+    Args:
+        path: the file.
+        trust: what may be imported and run while it is read; by default nothing of the file's own.
 
     Raises:
-        UnsafePickleError: if it names anything else.
-        SourceError: if it cannot be read.
+        UnsafePickleError: if reading it needs more trust.
+        SourceError: if it cannot be read, or holds no network that can be rewritten.
     """
     kind = kind_of_file(path)
     match kind:
@@ -103,15 +95,17 @@ def read_object(path: Path, *, trust_pickle: bool = False) -> Any:
             return import_onnx(path)
         case FileKind.SAFETENSORS:
             return _read_safetensors(path)
-        case FileKind.TORCHSCRIPT | FileKind.EXPORTED:
+        case FileKind.EXPORTED:
+            from .exported import read_exported
+
+            return read_exported(path, trust_pickle=trust.pickle)
+        case FileKind.TORCHSCRIPT:
             raise SourceError(
-                f"{path}: {kind.value}, whose graph cannot be rewritten; expected a state_dict or a module. "
-                "Save the original model with torch.save(model.state_dict(), file)."
+                f"{path}: is {kind.value}, whose graph cannot be rewritten; expected the network that it was made "
+                "from. Build that network, give it the weights, model.load_state_dict(torch.jit.load(file)"
+                ".state_dict()), and convert it, or save it with torch.save(model.state_dict(), file)."
             )
-    if trust_pickle:
-        return _load(path, weights_only=False)
-    with _allowed(_module_classes(path) if kind is FileKind.TORCH_ZIP else []):
-        return _load(path, weights_only=True)
+    return read_pickle(path, trust, legacy=kind is FileKind.TORCH_LEGACY)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -125,69 +119,3 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             "or load it with lmh.convert.load."
         )
     return tensors
-
-
-def _load(path: Path, *, weights_only: bool) -> Any:
-    try:
-        with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=weights_only)
-    except (ImportError, AttributeError) as error:
-        raise SourceError(
-            f"{path}: its pickle needs a class that cannot be imported ({error}); expected its module on the path. "
-            "Set PYTHONPATH to the folder that holds the module."
-        ) from error
-    except pickle.UnpicklingError as error:
-        if weights_only and "weights_only" in str(error).lower():
-            raise UnsafePickleError(
-                f"{path}: its pickle holds more than tensors, and reading it would run code from the file; expected a "
-                f"state_dict. {TRUST_ADVICE}"
-            ) from error
-        raise SourceError(_unreadable(path, error)) from error
-    except Exception as error:  # torch.load raises almost anything on damaged files
-        raise SourceError(_unreadable(path, error)) from error
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"{path}: cannot be read ({reason}); expected a whole file of torch.save. Copy or save it again."
-
-
-def _module_classes(path: Path) -> list[Any]:
-    """Return the module classes that a pickle names; nothing of the pickle is run to find them.
-
-    Raises:
-        UnsafePickleError: naming everything outside the trusted packages.
-    """
-    try:
-        with path.open("rb") as file:
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception as error:
-        raise SourceError(_unreadable(path, error)) from error
-    classes = {name: _trusted_class(name) for name in names}
-    unknown = sorted(name for name, found in classes.items() if found is None)
-    if unknown:
-        raise UnsafePickleError(
-            f"{path}: its pickle names {', '.join(unknown)}; expected tensors and modules of torch.nn or torchvision "
-            f"only. {TRUST_ADVICE}"
-        )
-    return list(classes.values())
-
-
-def _trusted_class(name: str) -> Any | None:
-    if not name.startswith(TRUSTED_PREFIXES):
-        return None
-    module_name, _, attribute = name.rpartition(".")
-    if name.startswith("torchvision."):
-        torchvision()
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError):
-        return None
-    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
-
-
-@contextmanager
-def _allowed(classes: list[Any]) -> Iterator[None]:
-    with torch.serialization.safe_globals(classes):
-        yield

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..ops import OUT_OF_PLACE, VIEWS, Kind, is_in_place, kind_of, label
+from ..op_table import OUT_OF_PLACE
+from ..ops import is_in_place, is_view, label
 
 
 def make_functional(model: fx.GraphModule) -> list[str]:
@@ -22,7 +23,7 @@ def make_functional(model: fx.GraphModule) -> list[str]:
         if not is_in_place(node) or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         target = node.args[0]
-        stale = [alias for alias in _aliases(target) - {node} if _read_after(alias, order[node], order)]
+        stale = [alias for alias in _aliases(target, order, order[node]) if _read_after(alias, order[node], order)]
         if stale:
             problems.append(
                 f"{label(node)}: overwrites a view of {label(stale[0])}, which is read again later; expected no "
@@ -43,18 +44,14 @@ def _drop_in_place(node: fx.Node) -> None:
         node.kwargs = {**node.kwargs, "inplace": False}
 
 
-def _is_view(node: fx.Node) -> bool:
-    return node.target in VIEWS or (node.op == "call_module" and kind_of(node) is Kind.SHAPE)
-
-
-def _aliases(node: fx.Node) -> set[fx.Node]:
-    """Nodes that share memory with ``node``, other than itself."""
+def _aliases(node: fx.Node, order: dict[fx.Node, int], position: int) -> set[fx.Node]:
+    """Nodes before ``position`` that share memory with ``node``, other than itself."""
     found: set[fx.Node] = set()
     pending = [node]
     while pending:
         current = pending.pop()
-        neighbours = [user for user in current.users if _is_view(user)]
-        neighbours += [source for source in current.all_input_nodes[:1] if _is_view(current)]
+        neighbours = [user for user in current.users if is_view(user) and order[user] < position]
+        neighbours += [source for source in current.all_input_nodes[:1] if is_view(current)]
         for other in neighbours:
             if other is not node and other not in found:
                 found.add(other)

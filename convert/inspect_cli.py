@@ -1,33 +1,32 @@
-"""``lmh inspect`` and ``lmh report``: what a saved network is, and how it does on data."""
+"""``lmh inspect``: what a file is."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .. import zoo
-from ..artifact import read_snn
-from ..errors import ArgumentError, LMHError
-from ..evaluation import evaluate
-from ..results import describe_network
-from ..terminal import Terminal, print_result
-from ..zoo.images import Batches, Preprocessing
-from ..zoo.registry import TORCHVISION
-from .cli_inputs import SEED, NumbersType, assumption_notices, evaluation_batch
-from .loading import load_source
-from .storage import MANIFEST, load
+from ..artifact import FORMAT, read_snn, read_tensors, user_path
+from ..errors import ArtifactError, SourceError
+from .cli_inputs import source_options
+from .describe import describe_file, file_lines
+from .files import FileKind, kind_of_file
 
 
 @click.command("inspect")
 @click.argument("file")
-@click.option("--json", "as_json", is_flag=True, help="Print the whole manifest as one JSON object.")
-def inspect_command(file: str, as_json: bool) -> None:
-    """Say what FILE, a saved spiking network or zoo:NAME, is made of; nothing is run."""
-    path = zoo.snn_path(file) if file.startswith("zoo:") else Path(file)
+@source_options
+@click.option("--json", "as_json", is_flag=True, help="Print what is known as one JSON object.")
+def inspect_command(file: str, as_json: bool, **options: Any) -> None:
+    """Say what FILE is: a spiking network (or zoo:NAME), a model file of any kind, or an export. Nothing is run."""
+    path = zoo.snn_path(file) if file.startswith("zoo:") else user_path(file)
+    if not _is_spiking(path):
+        known = describe_file(path, **options)
+        click.echo(json.dumps(known) if as_json else "\n".join(file_lines(known)))
+        return
     tensors, manifest = read_snn(path)
     if as_json:
         click.echo(json.dumps(manifest))
@@ -44,98 +43,13 @@ def inspect_command(file: str, as_json: bool) -> None:
             click.echo(f"{key}: {_text(manifest[key])}")
 
 
+def _is_spiking(path: Path) -> bool:
+    """Whether a file is one of ours, damaged or not."""
+    try:
+        return kind_of_file(path) is FileKind.SAFETENSORS and read_tensors(path)[1].get("format") == FORMAT
+    except (SourceError, ArtifactError):
+        return False
+
+
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-@click.command("report")
-@click.argument("file")
-@click.option(
-    "--data", metavar="SPEC", required=True, help="digits, npz:FILE, cifar10:DIR, cifar100:DIR or folder:DIR."
-)
-@click.option("--source", metavar="FILE", help="The ANN, where the saved network names none that can be built.")
-@click.option("--test-samples", type=click.IntRange(min=1), help="Test images to measure on; all unless given.")
-@click.option("--input-size", type=NumbersType(int, "3,224,224"), metavar="C,H,W", help="In place of the file's.")
-@click.option("--mean", type=NumbersType(float, "0.5,0.5,0.5"), metavar="R,G,B", help="In place of the file's.")
-@click.option("--std", type=NumbersType(float, "0.2,0.2,0.2"), metavar="R,G,B", help="In place of the file's.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the sample order.")
-@click.option("--trust-pickle", is_flag=True, help="Let a pickled --source run code. Only for files you trust.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
-)
-def report_command(
-    file: str,
-    data: str,
-    source: str | None,
-    test_samples: int | None,
-    seed: int,
-    trust_pickle: bool,
-    as_json: bool,
-    **overrides: tuple[Any, ...] | None,
-) -> None:
-    """Load the spiking network FILE, or zoo:NAME, and measure it on the test split of --data."""
-    terminal = Terminal(results=not as_json)
-    snn = load(file, source, trust_pickle=trust_pickle)
-    manifest = snn.meta[MANIFEST]
-    preprocessing, assumed = _preprocessing(manifest, overrides)
-    test = zoo.load_data(data, input_size=preprocessing.input_size).test
-    order = zoo.seeded_order(test, seed)[:test_samples]
-    timesteps = manifest["recipe"]["timesteps"]
-    batches = Batches(test, preprocessing, evaluation_batch(preprocessing, timesteps), order)
-    ann, notices = _source_ann(manifest["source"], source, trust_pickle)
-    notices += assumption_notices(preprocessing, assumed)
-    notices.append(f"Samples: test {len(order)} of {len(test)} in the order of seed {seed}.")
-    for notice in notices:
-        terminal.notice(notice)
-    evaluation = evaluate(snn, terminal.track(batches, "measuring", batches.count), ann=ann)
-    calibration = f"{manifest['calibration']['policy']}, {manifest['calibration']['samples']} samples"
-    nodes = manifest.get("nodes", {"converted": manifest["sites"], "kept": [], "refused": []})
-    result = describe_network(
-        snn, source=file, calibration=calibration, nodes=nodes, evaluation=evaluation, notices=notices
-    )
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        print_result(terminal.out, result)
-
-
-def _preprocessing(
-    manifest: dict[str, Any], overrides: Mapping[str, tuple[Any, ...] | None]
-) -> tuple[Preprocessing, list[str]]:
-    """Return what turns images into input, and which of its fields nobody ever named.
-
-    The command line comes first, then the file, then the architecture's card; a network that was saved by the
-    API has the input size of its recipe.
-    """
-    architecture = manifest["source"]["architecture"]
-    known: dict[str, Any] = {"input_size": tuple(manifest["recipe"]["sample_shape"])}
-    if architecture is not None:
-        known |= vars(zoo.card(architecture).preprocessing)
-    stored = manifest.get("preprocessing") or {}
-    known |= {name: tuple(stored[name]) for name in ("input_size", "mean", "std") if name in stored}
-    given = {name: value for name, value in overrides.items() if value is not None}
-    missing = [f"--{name}" for name in ("mean", "std") if name not in {**known, **given}]
-    if missing:
-        raise click.UsageError(
-            f"the file does not say how its input is normalised; expected {' and '.join(missing)} on the command line."
-        )
-    try:
-        preprocessing = Preprocessing(**{**known, **given})
-    except ArgumentError as error:
-        raise click.UsageError(str(error)) from error
-    return preprocessing, [name for name in stored.get("assumed", []) if name not in given]
-
-
-def _source_ann(record: dict[str, Any], source: str | None, trust_pickle: bool) -> tuple[Any, list[str]]:
-    """Return the ANN to compare with, if it is at hand and still the one that was converted."""
-    name = source or record["name"]
-    if name is None:
-        return None, []
-    arch = None if name.startswith(("zoo:", TORCHVISION)) else record["architecture"]
-    try:
-        found = load_source(name, arch=arch, trust_pickle=trust_pickle)
-    except LMHError as error:
-        return None, [f"The source ANN is not at hand, so it is not measured: {error}"]
-    if record["sha256"] not in (None, found.digest):
-        return None, [f"{name} has changed since the conversion, so the ANN is not measured."]
-    return found.model, []

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,14 @@ from torch import Tensor, nn
 from .. import zoo
 from ..artifact import file_digest, user_path
 from ..errors import ArchitectureError, ArgumentError, SourceError
-from ..torchvision_shim import torchvision
 from ..zoo.registry import TORCHVISION, Card
-from .files import read_object
+from .architectures import Fit, differences, fits, nearest, recognised, shapes_of
+from .checkpoints import chosen, is_average
+from .files import FileKind, kind_of_file, read_object
+from .pickles import Trust
+from .programs import exported_weights, script_weights
+from .tracing import bare
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
-PREFIXES = ("module.", "_orig_mod.")
 SHOWN = 4
 
 
@@ -33,7 +34,8 @@ class Source:
         card: of its architecture, or None for a module of the user's own.
         num_classes: that the architecture was built with.
         digest: sha256 of the file, or None.
-        notices: what was recognised or assumed, in sentences.
+        notices: what was recognised, left out or assumed, in sentences.
+        entry: of the checkpoint, where the user named one.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class Source:
     num_classes: int | None
     digest: str | None = None
     notices: tuple[str, ...] = ()
+    entry: str | None = None
 
     def record(self) -> dict[str, Any]:
         """Return what a manifest keeps to build the graph again."""
@@ -50,48 +53,89 @@ class Source:
             "architecture": self.card.name if self.card else None,
             "num_classes": self.num_classes,
             "sha256": self.digest,
+            "entry": self.entry,
         }
 
 
-def load_source(name: str, *, arch: str | None = None, trust_pickle: bool = False) -> Source:
+def load_source(
+    name: str,
+    *,
+    arch: str | None = None,
+    entry: str | None = None,
+    trust_pickle: bool = False,
+    modules: Iterable[str] = (),
+) -> Source:
     """Return the ANN that a user names.
 
     Args:
-        name: ``zoo:NAME``, ``torchvision:NAME``, or a file: a state_dict, a checkpoint dict that holds one, or a
-            pickled module.
+        name: ``zoo:NAME``, ``torchvision:NAME``, or a file, whose kind is told by its content: a state_dict, a
+            trainer's checkpoint, a pickled module, ONNX, torch.export, or TorchScript with the weights of a known
+            architecture.
         arch: the architecture of a state_dict, a name of the zoo or ``torchvision:NAME``; recognised from keys
             and shapes unless given.
-        trust_pickle: let the file's pickle run code.
+        entry: what to take of a checkpoint that holds several sets of weights: its key, or a prefix of the tensors'
+            names. Unless given: the plain model before an average of its weights.
+        trust_pickle: let the file run code.
+        modules: dotted names of your modules whose classes a pickle may name. They are imported, from the current
+            folder first; the constructors of their classes get the values that the pickle gives them.
 
     Raises:
         SourceError: if it cannot be found or read.
-        ArchitectureError: if its tensors fit no architecture, or not the one named.
-        ArgumentError: for an unknown name.
+        UnsafePickleError: if reading it would import or run what was not allowed.
+        ArchitectureError: if its tensors fit no architecture, several, or not the one named.
+        ArgumentError: for an unknown name, or options that do not go together.
+
+    >>> source = load_source("zoo:digits-cnn")
+    >>> source.card.preprocessing.input_size, source.record()["architecture"]
+    ((1, 8, 8), 'digits-cnn')
     """
-    if arch is not None and name.startswith(("zoo:", TORCHVISION)):
-        raise ArgumentError(f"arch={arch!r} came with {name}, which says its architecture. Leave it out.")
-    if name.startswith("zoo:"):
-        card = zoo.card(name.removeprefix("zoo:"))
-        return Source(zoo.load(card.name), name, card, card.num_classes)
-    if name.startswith(TORCHVISION):
-        return _from_torchvision(name)
+    if name.startswith(("zoo:", TORCHVISION)):
+        for option, value in (("arch", arch), ("entry", entry)):
+            if value is not None:
+                raise ArgumentError(f"{option}={value!r} came with {name}, which says all of it. Leave it out.")
+        return _by_name(name)
     path = user_path(name)
-    found = _unwrapped(path, read_object(path, trust_pickle=trust_pickle))
+    trust = Trust(trust_pickle, tuple(modules))
+    card = zoo.card(arch) if arch is not None else None
+    kind = kind_of_file(path)
     digest = file_digest(path)
-    if isinstance(found, nn.Module):
-        if arch is not None:
-            raise ArgumentError(f"arch={arch!r} came with {path}, which holds a whole module. Leave it out.")
-        return Source(found.eval(), name, None, None, digest)
-    state = _stripped(_plain_tensors(path, found))
-    card, notices = (zoo.card(arch), ()) if arch else _recognised(path, state)
-    model, num_classes = _filled(path, card, state)
-    return Source(model, name, card, num_classes, digest, notices)
+    if kind is FileKind.TORCHSCRIPT or (kind is FileKind.EXPORTED and (card or not trust_pickle)):
+        fit, state, notices = _of_program(path, kind, card, entry, trust)
+    else:
+        found, notices = chosen(path, read_object(path, trust), entry)
+        if isinstance(found, nn.Module):
+            if arch is not None:
+                raise ArgumentError(f"arch={arch!r} came with {path}, which holds a whole module. Leave it out.")
+            model, more = _ready(path, found)
+            return Source(model, name, None, None, digest, (*notices, *more), entry)
+        state = found
+        fit = _fit(path, state, card)
+    notices = (*notices, *_said(fit, state, named=card is not None))
+    return Source(_filled(fit, state), name, fit.card, fit.num_classes, digest, notices, entry)
 
 
-def _from_torchvision(name: str) -> Source:
-    card = zoo.card(name)
+def load_again(
+    name: str, record: Mapping[str, Any], *, trust_pickle: bool = False, modules: Iterable[str] = ()
+) -> Source:
+    """Return the ANN that a manifest's record (:meth:`Source.record`) describes, from where it is now.
+
+    Args:
+        name: as for :func:`load_source`.
+        record: says architecture and entry.
+        trust_pickle: as for :func:`load_source`.
+        modules: as for :func:`load_source`.
+    """
+    if name.startswith(("zoo:", TORCHVISION)):
+        return load_source(name)
+    return load_source(
+        name, arch=record["architecture"], entry=record.get("entry"), trust_pickle=trust_pickle, modules=modules
+    )
+
+
+def _by_name(name: str) -> Source:
+    card = zoo.card(name.removeprefix("zoo:"))
     try:
-        model = zoo.load(name)
+        model = zoo.load(card.name)
     except OSError as error:
         raise SourceError(
             f"{name}: its weights could not be downloaded ({error}); expected network access. Pass a weights file "
@@ -100,129 +144,115 @@ def _from_torchvision(name: str) -> Source:
     return Source(model, name, card, card.num_classes)
 
 
-def _unwrapped(path: Path, found: Any) -> nn.Module | Mapping[Any, Any]:
-    """Return the module or state_dict that a file holds, at the top or under a trainer's key."""
-    if isinstance(found, nn.Module):
-        return found
-    if not isinstance(found, Mapping):
-        raise SourceError(f"{path}: holds a {type(found).__name__}; expected a state_dict, a checkpoint or a module.")
-    for key in WRAPPERS:
-        if isinstance(found.get(key), nn.Module | Mapping):
-            return _unwrapped(path, found[key])
-    if any(isinstance(value, Tensor) for value in found.values()):
-        return found
-    raise SourceError(
-        f"{path}: a dict with the keys {', '.join(map(str, list(found)[:8])) or 'none'} and no state_dict; "
-        f"expected one under {', '.join(WRAPPERS)}. Save model.state_dict()."
-    )
-
-
-def _plain_tensors(path: Path, found: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a state_dict, without what else a trainer put among them."""
-    state = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
-    for key, value in state.items():
-        if value.layout is not torch.strided or value.is_complex() or value.is_quantized:
-            raise SourceError(
-                f"{path}: {key} is a {value.dtype} tensor in layout {value.layout}; expected plain real numbers. "
-                "Save it dense and dequantised."
-            )
-    return state
-
-
-def _stripped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the prefixes of wrappers (DataParallel, torch.compile), in whatever order they were put on."""
-    for prefix in PREFIXES:
-        if state and all(key.startswith(prefix) for key in state):
-            return _stripped({key.removeprefix(prefix): value for key, value in state.items()})
-    return state
-
-
-def _classes_in(state: Mapping[str, Tensor], card: Card) -> int | None:
-    """Return the number of classes with which an architecture has just this state_dict, or None.
-
-    The tensors that differ from the usual number of classes must all have it on axis 0.
-    """
-    usual, got = _shapes(card.name, card.num_classes), _shapes_of(state)
-    if usual is None or usual.keys() != got.keys():
-        return None
-    differing = [key for key in usual if usual[key] != got[key]]
-    if not differing:
-        return card.num_classes
-    counts = {got[key][0] if got[key] else 0 for key in differing}
-    fitting = all(usual[key][:1] == (card.num_classes,) for key in differing)
-    if not fitting or len(counts) != 1:
-        return None
-    (classes,) = counts
-    return classes if _shapes(card.name, classes) == got else None
-
-
-@lru_cache(maxsize=256)
-def _shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes of an architecture's tensors, or None if it cannot be built with so many classes."""
+def _ready(path: Path, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the network inside a module's wrappers in eval mode and single precision, which neurons compute in."""
     try:
-        with torch.device("meta"):
-            model = zoo.card(name).build(num_classes=num_classes)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    return _shapes_of(model.state_dict())
+        model = bare(model).eval()
+        kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        if kinds <= {torch.float32}:
+            return model, ()
+        return model.float(), (f"Weights in {', '.join(sorted(map(str, kinds)))} became float32.",)
+    except Exception as error:  # a module without the attributes of its class fails anywhere
+        raise SourceError(
+            f"{path}: its module is damaged, or of another version of its class ({error}); expected a whole one. Save "
+            "the state_dict alone with torch.save(model.state_dict(), file), where the module still works."
+        ) from error
 
 
-def _shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items() if not key.endswith("num_batches_tracked")}
+def _of_program(
+    path: Path, kind: FileKind, card: Card | None, entry: str | None, trust: Trust
+) -> tuple[Fit, dict[str, Tensor], tuple[str, ...]]:
+    """Take the weights alone of a program that cannot be rewritten, or not without trust.
 
-
-def _recognised(path: Path, state: dict[str, Tensor]) -> tuple[Card, tuple[str, ...]]:
-    """Find the architectures whose tensors have these names and shapes: the zoo's first, then torchvision's."""
-    models = torchvision().models
-    for names in (zoo.list_architectures(), [TORCHVISION + name for name in models.list_models(module=models)]):
-        cards = [zoo.card(name) for name in names]
-        fitting = {card.name: classes for card in cards if (classes := _classes_in(state, card)) is not None}
-        if len(fitting) > 1:
-            raise ArchitectureError(f"{path}: fits {', '.join(fitting)} alike; choose one with --arch.")
-        for name, classes in fitting.items():
-            return zoo.card(name), (f"Recognised {name} with {classes} classes from names and shapes.",)
-    raise ArchitectureError(
-        f"{path}: {len(state)} tensors ({', '.join(list(state)[:SHOWN])}, …) that fit no architecture of the zoo "
-        f"or of torchvision; nearest is {_nearest(_shapes_of(state))}. Name it with --arch, or convert the module with "
-        "lmh.convert.convert(model, …)."
+    Raises:
+        SourceError: if they fit no architecture; it says what to do.
+    """
+    if entry is not None:
+        raise ArgumentError(f"entry={entry!r} came with {path}, {kind.value}, which has no entries. Leave it out.")
+    state = script_weights(path) if kind is FileKind.TORCHSCRIPT else exported_weights(path)
+    try:
+        fit = _fit(path, state, card)
+    except ArchitectureError:
+        if card is None:
+            read_object(path, trust)  # raises, with what such a file needs
+        raise
+    notice = (
+        f"Took the weights alone out of {kind.value}; that its program computes what {fit.card.name} does was not "
+        "checked."
     )
+    return fit, state, (notice,)
 
 
-def _nearest(wanted: Mapping[str, tuple[int, ...]]) -> str:
-    """Describe the architecture of the zoo that shares most names, and most shapes, with ``wanted``."""
+def _fit(path: Path, state: dict[str, Tensor], card: Card | None) -> Fit:
+    """Find the architecture, or how the named one fits.
 
-    def common(name: str) -> tuple[int, int]:
-        shapes = _shapes(name, zoo.card(name).num_classes) or {}
-        names = wanted.keys() & shapes.keys()
-        return len(names), sum(wanted[key] == shapes[key] for key in names)
+    Raises:
+        ArchitectureError: if none fits, or several.
+    """
+    shapes = shapes_of(state)
+    found = recognised(shapes) if card is None else fits(shapes, card)
+    if not found and card is not None:
+        lines = differences(shapes, card)
+        more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+        raise ArchitectureError(
+            f"{path}: does not fit {card.name}: {'; '.join(lines[:SHOWN])}{more}. Choose another --arch."
+        )
+    if not found:
+        raise ArchitectureError(
+            f"{path}: {len(state)} tensors ({', '.join(list(state)[:SHOWN])}, …) that fit no architecture of the zoo "
+            f"or of torchvision; nearest is {nearest(shapes)}. Name it with --arch, or convert the module with "
+            "lmh.convert.convert(model, …)."
+        )
+    best = min(map(_rank, found))
+    found = [fit for fit in found if _rank(fit) == best]
+    if len({fit.card.name for fit in found}) > 1:
+        names = ", ".join(dict.fromkeys(fit.card.name for fit in found))
+        raise ArchitectureError(f"{path}: fits {names} alike; choose one with --arch.")
+    if len(found) > 1:
+        prefixes = ", ".join(fit.prefix.removesuffix(".") for fit in found)
+        raise ArchitectureError(
+            f"{path}: holds the weights of {found[0].card.name} under the prefixes {prefixes}; expected one of them to "
+            "be named. Choose with --entry."
+        )
+    _check_beside(path, found[0], state)
+    return found[0]
 
-    best = max(zoo.list_architectures(), key=common)
-    names, shapes = common(best)
-    total = len(_shapes(best, zoo.card(best).num_classes) or {})
-    return f"{best}, which shares {names} of its {total} names and {shapes} shapes" if names else "none of the zoo"
+
+def _rank(fit: Fit) -> tuple[bool, bool]:
+    return fit.prefix != "", is_average(fit.prefix)
 
 
-def _filled(path: Path, card: Card, state: dict[str, Tensor]) -> tuple[nn.Module, int]:
-    """Build an architecture and load a state_dict into it."""
-    classes = _classes_in(state, card)
-    if classes is None:
-        raise ArchitectureError(_mismatch(path, card, state))
-    model = card.build(num_classes=classes)
-    model.load_state_dict(state, strict=False)
-    return model.eval(), classes
+def _check_beside(path: Path, fit: Fit, state: Mapping[str, Tensor]) -> None:
+    """Refuse to leave out a layer: what is beside the architecture may be counts and losses, or another copy of it."""
+    copies = tuple(other.prefix for other in fits(shapes_of(state), fit.card))
+    layers = [key for key in fit.beside if state[key].ndim > 1 and not key.startswith(copies)]
+    if layers:
+        prefix = fit.prefix.removesuffix(".")
+        raise ArchitectureError(
+            f"{path}: fits {fit.card.name} under {prefix}, but {len(layers)} weights beside it would be left out "
+            f"({', '.join(layers[:SHOWN])}); expected the whole network. Pass --entry {prefix} to convert that part "
+            "alone, or convert the module with lmh.convert.convert(model, …)."
+        )
 
 
-def _mismatch(path: Path, card: Card, state: dict[str, Tensor]) -> str:
-    wanted = _shapes(card.name, card.num_classes) or {}
-    got = _shapes_of(state)
-    lines = [
-        *(f"missing {key}" for key in wanted if key not in got),
-        *(f"unexpected {key}" for key in got if key not in wanted),
-        *(
-            f"{key} is {list(got[key])} instead of {list(wanted[key])}"
-            for key in wanted
-            if got.get(key, wanted[key]) != wanted[key]
-        ),
-    ]
-    more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-    return f"{path}: does not fit {card.name}: {'; '.join(lines[:SHOWN])}{more}. Choose another --arch."
+def _said(fit: Fit, state: Mapping[str, Tensor], *, named: bool) -> list[str]:
+    notices = []
+    if fit.prefix:
+        notices.append(f"Stripped the prefix {fit.prefix} from the tensors' names.")
+    if fit.beside:
+        names = ", ".join(fit.beside[:SHOWN]) + (", …" if len(fit.beside) > SHOWN else "")
+        notices.append(f"Left out {len(fit.beside)} tensors beside it: {names}.")
+    copies = [other.prefix.removesuffix(".") for other in fits(shapes_of(state), fit.card) if other != fit]
+    if copies:
+        notices.append(f"There are other weights of the same form: --entry {copies[0]} takes those.")
+    if not named:
+        notices.append(f"Recognised {fit.card.name} with {fit.num_classes} classes from names and shapes.")
+    return notices
+
+
+def _filled(fit: Fit, state: Mapping[str, Tensor]) -> nn.Module:
+    """Build an architecture and load its tensors."""
+    model = fit.card.build(num_classes=fit.num_classes)
+    weights = {key.removeprefix(fit.prefix): value for key, value in state.items() if key.startswith(fit.prefix)}
+    model.load_state_dict(weights, strict=False)
+    return model.eval()

@@ -1,4 +1,4 @@
-"""PREPARE: one module for each activation call, max-pools before activations; output equal to the ANN's."""
+"""PREPARE: one module for each activation call, max-pools where their type wants them; output equal to the ANN's."""
 
 from __future__ import annotations
 
@@ -6,85 +6,133 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import fx, nn
 
+from ..arguments import check_names
 from ..errors import AuditError
-from ..ops import DROPOUT_FUNCTIONS, Kind, activation_module, argument, kind_of, label, module_of, owner_path
+from ..op_table import CONTRACTIONS, DROPOUT_FUNCTIONS, Kind
+from ..ops import PATH, activation_module, argument, joined, kind_of, label, module_of, owner_path, signal_input
+from ..qcfs import QCFS
 from ..records import Keep, NodeFate, Prepared, Spike
 from ..shapes import node_values
-from .audit import Decisions, audit, is_channel_concat, pool_sources
+from ..structures import as_sample_shape, batched, each_shape, tensors_of
+from .audit import Decisions, audit
+from .equality import same_answers
 from .inplace import make_functional
-from .rules import Plan, ReluSurgery, Rules, merged
-from .tracing import trace
+from .labels import assign_paths
+from .maxpool import BeforeNeuron, MaxPool, gated_pools, place_pools
+from .paths import unique_path
+from .refusals import describe
+from .rules import Plan, ReluSurgery, Rules, as_neuron, merged
+from .tracing import bare, trace
+
+MONOTONE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, QCFS)
+"""Activations that commute with a max-pool."""
 
 
 def prepare(
     ann: nn.Module,
-    sample_shape: Sequence[int],
+    sample_shape: Sequence[Any],
     *,
     rules: Rules | None = None,
     keep: Iterable[str] = (),
     surgery: ReluSurgery | None = None,
+    maxpool: MaxPool | None = None,
 ) -> Prepared:
     """Trace a copy of ``ann``, audit it and give every activation call a module of its own.
 
     Args:
         ann: the network; not changed.
-        sample_shape: shape of one input sample, for example (3, 224, 224).
+        sample_shape: shape of one input sample, for example (3, 224, 224); for several inputs a shape for each.
         rules: from activation type to rule, on top of the defaults.
-        keep: paths of nodes that stay analog.
+        keep: paths of nodes that stay analog, as :func:`examine` lists them. Each call of a module that is called
+            several times has its own, ``relu``, ``relu_1``, …; ``relu`` keeps the first call only.
         surgery: what to do where no rule applies; None refuses.
+        maxpool: what becomes of max-pools; ``BeforeNeuron()`` unless given.
 
     Returns:
-        The prepared network. Its output equals the ANN's, which was checked on one random batch.
+        The prepared network. Its output equals the ANN's, or with ``AveragePool()`` that of the ANN with average
+        pools, which was checked on one random batch, apart from activations before a max-pool that are not monotone:
+        with ``BeforeNeuron()`` the pool moves before them, as it does for neurons.
 
     Raises:
         AuditError: with every node that no rule covers.
         ArgumentError: if the input shape or the weights do not fit.
+
+    >>> prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), sample_shape=(4,)).spiking
+    ['1']
     """
-    plan = Plan(merged(rules), frozenset(keep), surgery)
+    plan = Plan(merged(rules), frozenset(check_names("keep", keep)), surgery, maxpool or BeforeNeuron())
+    ann = bare(ann)
     model, decisions, fates, problems = _audited(ann, sample_shape, plan)
     if problems:
         raise AuditError(problems)
     by_path = _activations_to_modules(model, decisions)
     _dropout_to_modules(model)
-    by_path = _move_maxpools(model, by_path)
+    commutes = all(isinstance(model.get_submodule(path), MONOTONE) for path in _spiking(by_path))
+    before_moving = isinstance(plan.maxpool, BeforeNeuron) and not commutes
+    if before_moving:
+        _finish(model)
+        same_answers(ann, model, sample_shape, plan.maxpool)
+    by_path = place_pools(model, by_path, plan.maxpool)
+    _finish(model)
+    if not before_moving:
+        same_answers(ann, model, sample_shape, plan.maxpool)
+    ordered = {str(node.target): by_path[str(node.target)] for node in model.graph.nodes if node.target in by_path}
+    fates += _added(ordered, fates, model)
+    values = node_values(model, batched(sample_shape, 2))
+    channels = {path: _channels(model, path, values) for path in _spiking(ordered)}
+    shape = as_sample_shape(each_shape(sample_shape))
+    coverage = _coverage(fates, ordered, values)
+    gated = gated_pools(model.graph, plan.maxpool)
+    return Prepared(model, ordered, shape, channels, tuple(fates), coverage, gated)
+
+
+def examine(
+    ann: nn.Module,
+    sample_shape: Sequence[Any],
+    *,
+    rules: Rules | None = None,
+    keep: Iterable[str] = (),
+    surgery: ReluSurgery | None = None,
+    maxpool: MaxPool | None = None,
+) -> tuple[list[NodeFate], list[str]]:
+    """The audit alone: the fate of every node, and the problems that :func:`prepare` would raise."""
+    plan = Plan(merged(rules), frozenset(check_names("keep", keep)), surgery, maxpool or BeforeNeuron())
+    _, _, fates, problems = _audited(bare(ann), sample_shape, plan)
+    return fates, problems
+
+
+def _audited(
+    ann: nn.Module, sample_shape: Sequence[Any], plan: Plan
+) -> tuple[fx.GraphModule, Decisions, list[NodeFate], list[str]]:
+    stand_ins = plan.surgery.stand_ins if plan.surgery else ()
+    model = trace(ann, {**dict.fromkeys(stand_ins, as_neuron), **plan.rules}, sample_shape)
+    problems = make_functional(model)
+    model.graph.eliminate_dead_code()
+    model.recompile()
+    assign_paths(model)
+    decisions, fates, found = audit(model, plan, sample_shape)
+    return model, decisions, fates, [*problems, *found]
+
+
+def _spiking(activations: Mapping[str, Any]) -> list[str]:
+    return [path for path, decision in activations.items() if isinstance(decision, Spike)]
+
+
+def _finish(model: fx.GraphModule) -> None:
     model.graph.eliminate_dead_code()
     model.graph.lint()
     model.recompile()
     model.delete_all_unused_submodules()
     model.eval()
-    _check_equal(ann, model, sample_shape)
-    ordered = {str(node.target): by_path[str(node.target)] for node in model.graph.nodes if node.target in by_path}
-    values = node_values(model, (2, *sample_shape))
-    channels = {path: _channels(model, path, values) for path, found in ordered.items() if isinstance(found, Spike)}
-    return Prepared(model, ordered, tuple(sample_shape), channels, tuple(fates), _coverage(fates, ordered, values))
 
 
-def examine(
-    ann: nn.Module,
-    sample_shape: Sequence[int],
-    *,
-    rules: Rules | None = None,
-    keep: Iterable[str] = (),
-    surgery: ReluSurgery | None = None,
-) -> tuple[list[NodeFate], list[str]]:
-    """The audit alone: the fate of every node, and the problems that :func:`prepare` would raise."""
-    _, _, fates, problems = _audited(ann, sample_shape, Plan(merged(rules), frozenset(keep), surgery))
-    return fates, problems
-
-
-def _audited(
-    ann: nn.Module, sample_shape: Sequence[int], plan: Plan
-) -> tuple[fx.GraphModule, Decisions, list[NodeFate], list[str]]:
-    model = trace(ann, plan.rules)
-    problems = make_functional(model)
-    model.graph.eliminate_dead_code()
-    model.recompile()
-    decisions, fates, found = audit(model, plan, sample_shape)
-    return model, decisions, fates, [*problems, *found]
+def _added(activations: Mapping[str, Any], fates: Sequence[NodeFate], model: fx.GraphModule) -> list[NodeFate]:
+    """The fates of activations that the audit did not see: copies that read a max-pool."""
+    known = {fate.path for fate in fates}
+    nodes = {str(node.target): node for node in model.graph.nodes if node.op == "call_module"}
+    return [NodeFate(path, describe(nodes[path]), "converted") for path in activations if path not in known]
 
 
 def _channels(model: fx.GraphModule, path: str, values: Mapping[fx.Node, Any]) -> int | None:
@@ -92,8 +140,8 @@ def _channels(model: fx.GraphModule, path: str, values: Mapping[fx.Node, Any]) -
     (node,) = (node for node in model.graph.nodes if node.target == path)
     shape, current = values[node].shape, node
     while kind_of(current) not in (Kind.SYNAPSE, Kind.INPUT) and current.all_input_nodes:
-        current = current.all_input_nodes[0]
-    linear = isinstance(module_of(current), nn.Linear) or current.target is nn.functional.linear
+        current = signal_input(current)
+    linear = isinstance(module_of(current), nn.Linear) or current.target in {nn.functional.linear, *CONTRACTIONS}
     return None if linear and len(shape) > 2 else shape[1]
 
 
@@ -102,53 +150,23 @@ def _coverage(fates: Sequence[NodeFate], activations: Mapping[str, Any], values:
     kept = {fate.path for fate in fates if fate.fate == "kept"}
 
     def elements(node: fx.Node) -> int:
-        return sum(leaf.numel() for leaf in pytree.tree_leaves(values[node]) if isinstance(leaf, Tensor))
+        return sum(tensor.numel() for tensor in tensors_of(values[node]))
 
     spiking = sum(elements(node) for node in values if isinstance(activations.get(str(node.target)), Spike))
     analog = sum(elements(node) for node in values if label(node) in kept)
     return spiking / (spiking + analog)
 
 
-def unique_path(model: nn.Module, wanted: str) -> str:
-    """Return ``wanted``, or the first of ``wanted_1``, ``wanted_2``, … that names nothing in ``model``."""
-    path, count = wanted, 0
-    while _names_something(model, path):
-        count += 1
-        path = f"{wanted}_{count}"
-    return path
-
-
-def _names_something(model: nn.Module, path: str) -> bool:
-    current: Any = model
-    for part in path.split("."):
-        if not hasattr(current, part):
-            return False
-        current = getattr(current, part)
-    return True
-
-
 def _activations_to_modules(model: fx.GraphModule, decisions: Decisions) -> dict[str, Any]:
-    """Give each activation call its own module; the first call of a module keeps the module's path."""
+    """Give each activation call its own module at the call's path."""
     by_path: dict[str, Any] = {}
     for node, decision in decisions.items():
         if kind_of(node) is not Kind.ACTIVATION and isinstance(decision, Keep):
             continue
         module = activation_module(node) if kind_of(node) is Kind.ACTIVATION else model.get_submodule(str(node.target))
-        if node.op == "call_module":
-            path = str(node.target)
-            if path in by_path:
-                path = unique_path(model, path)
-        else:
-            owner = owner_path(node)
-            path = unique_path(
-                model, f"{owner}.{type(module).__name__.lower()}" if owner else type(module).__name__.lower()
-            )
+        path = label(node)
         model.add_submodule(path, copy.deepcopy(module))  # a shared one would share its observers
-        with model.graph.inserting_before(node):
-            call = model.graph.call_module(path, (node.args[0] if node.args else node.kwargs["input"],))
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        model.graph.erase_node(node)
+        _replace_by_module(model, node, path)
         by_path[path] = decision
     return by_path
 
@@ -158,87 +176,14 @@ def _dropout_to_modules(model: fx.GraphModule) -> None:
     for node in list(model.graph.nodes):
         if node.op != "call_function" or node.target not in DROPOUT_FUNCTIONS:
             continue
-        path = unique_path(model, ".".join(filter(None, [owner_path(node), "dropout"])))
+        path = unique_path(model, joined(owner_path(node), "dropout"))
         model.add_submodule(path, DROPOUT_FUNCTIONS[node.target](argument(node, 1, "p", 0.5)))
-        with model.graph.inserting_before(node):
-            call = model.graph.call_module(path, (argument(node, 0, "input"),))
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        model.graph.erase_node(node)
+        _replace_by_module(model, node, path)
 
 
-def _move_maxpools(model: fx.GraphModule, by_path: Mapping[str, Any]) -> dict[str, Any]:
-    """Put every max-pool behind a spiking activation in front of it.
-
-    For the ANN nothing changes: a monotone activation commutes with the maximum. For the spiking network
-    the neurons then receive the maximum of the currents. Over T steps that equals the maximum of the rates
-    in the window, for constant currents, where the rate grows with the current (IF and LIF; not every LM-H
-    setting) and θ and v_init do not vary within the window.
-    """
-    result = dict(by_path)
-    for pool in list(model.graph.nodes):
-        if kind_of(pool) is not Kind.MAXPOOL:
-            continue
-        source = pool.all_input_nodes[0]
-        if not any(isinstance(result.get(str(node.target)), Spike) for node in pool_sources(pool)):
-            continue
-        moved = {node: _pooled(model, pool, node, result) for node in pool_sources(pool)}
-        with model.graph.inserting_before(pool):
-            if is_channel_concat(source):
-                joined = model.graph.node_copy(source, lambda node: node)
-                joined.args = ([moved[node] for node in pool_sources(pool)], *source.args[1:])
-                replacement = joined
-            else:
-                replacement = moved[source]
-        pool.replace_all_uses_with(replacement)
-        model.graph.erase_node(pool)
-        model.graph.eliminate_dead_code()
-    called = {str(node.target) for node in model.graph.nodes}
-    return {path: decision for path, decision in result.items() if path in called}
-
-
-def _pooled(model: fx.GraphModule, pool: fx.Node, source: fx.Node, by_path: dict[str, Any]) -> fx.Node:
-    """Return act(pool(x)) for a spiking source act(x), else pool(source)."""
-    graph = model.graph
-    path = str(source.target)
-    spiking = isinstance(by_path.get(path), Spike)
-    read = source.args[0] if spiking else source
-    behind = pool.all_input_nodes[0]
-    with graph.inserting_before(pool):
-        new_pool = graph.node_copy(pool, lambda node: read if node is behind else node)
-        if not spiking:
-            return new_pool
-        new_path = path
-        if len(source.users) > 1 or len(behind.users) > 1:
-            new_path = unique_path(model, path)
-            model.add_submodule(new_path, copy.deepcopy(model.get_submodule(path)))
-            by_path[new_path] = by_path[path]
-        activation = graph.call_module(new_path, (new_pool,))
-    activation.meta = dict(source.meta)
-    return activation
-
-
-def _check_equal(ann: nn.Module, model: fx.GraphModule, sample_shape: Sequence[int]) -> None:
-    """Compare the prepared network with the source on one random batch, both in eval mode."""
-    parameter = next((p for p in ann.parameters() if p.is_floating_point()), torch.empty(()))
-    if parameter.device.type == "meta":
-        return
-    x = torch.randn((2, *sample_shape), generator=torch.Generator().manual_seed(0)).to(parameter)
-    was_training = {module: module.training for module in ann.modules()}
-    with torch.no_grad():
-        try:
-            expected = ann.eval()(x.clone())
-        finally:
-            for module, training in was_training.items():
-                module.training = training
-        got: Tensor = model(x.clone())
-    scale = float(expected.abs().max().clamp_min(1e-6))
-    worst = float((got - expected).abs().max()) / scale
-    if not worst < 1e-4:
-        raise AuditError(
-            [
-                f"the rewritten graph answers differently from {type(ann).__name__} (relative difference {worst:.1e}); "
-                "expected the same. Its forward changes values in a way that tracing cannot see, such as writing into "
-                "a slice or keeping values between calls: rewrite that part."
-            ]
-        )
+def _replace_by_module(model: fx.GraphModule, node: fx.Node, path: str) -> None:
+    with model.graph.inserting_before(node):
+        call = model.graph.call_module(path, (argument(node, 0, "input"),))
+    call.meta = {key: value for key, value in node.meta.items() if key != PATH}
+    node.replace_all_uses_with(call)
+    model.graph.erase_node(node)

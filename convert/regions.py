@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import fx
 
-from ..ops import label
+from ..op_table import Kind
+from ..ops import kind_of, label
 from ..shapes import BATCHES, batch_use, leading, node_values
+from ..structures import batched
 from ..time_axis import Readout, TimeAxis, call
 
 PROOF_STEPS = 2
@@ -29,7 +31,7 @@ def misfolded(
     model: fx.GraphModule,
     time: TimeAxis,
     home: Mapping[str, Region],
-    sample_shape: Sequence[int],
+    sample_shape: Sequence[Any],
     events: bool,
 ) -> list[str]:
     """Show by two batch sizes that axis 0 of every node is N or T·N, as its region says.
@@ -38,8 +40,8 @@ def misfolded(
         model: the spiking network.
         time: its time axis; a few steps are enough, as no shape depends on T otherwise.
         home: the region of each node, by name.
-        sample_shape: shape of one input sample.
-        events: the input is [T, N, *F].
+        sample_shape: shape of one input sample, or of one of each input.
+        events: the inputs are [T, N, *F].
 
     Returns:
         One line for each node that is not so.
@@ -48,7 +50,7 @@ def misfolded(
     problems: list[str] = []
     for readout in (Readout.MEAN, Readout.PER_STEP):
         with call(time, readout, steps):
-            runs = [node_values(model, (*([steps] if events else []), batch, *sample_shape)) for batch in BATCHES]
+            runs = [node_values(model, batched(sample_shape, *([steps] if events else []), batch)) for batch in BATCHES]
         pairs = {node: (runs[0][node], runs[1][node]) for node in runs[0] if node.name in home}
         problems += _lines(pairs, home, readout, steps)
     return list(dict.fromkeys(problems))
@@ -59,7 +61,7 @@ def _lines(
 ) -> Iterator[str]:
     per_step = {Region.TIMED} if readout is Readout.MEAN else {Region.TIMED, Region.TAIL, Region.READOUT}
     for node, pair in pairs.items():
-        if batch_use(pair) in ("free", "size") or node.op in ("output", "placeholder"):
+        if kind_of(node) in (Kind.INPUT, Kind.OUTPUT) or batch_use(pair) in ("free", "size"):
             continue
         expected = [batch * (steps if home[node.name] in per_step else 1) for batch in BATCHES]
         if batch_use(pair) == "mixed" or [leading(value) for value in pair] != [{size} for size in expected]:

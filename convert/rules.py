@@ -6,8 +6,9 @@ your own, or one that is refused, pass ``rules={MyActivation: as_neuron}``; your
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from torch import nn
@@ -15,23 +16,44 @@ from torch import nn
 from ..errors import ArgumentError
 from ..qcfs import QCFS
 from ..records import Keep, Spike
+from .maxpool import BeforeNeuron, MaxPool
 
 Rule = Callable[[nn.Module], Spike | Keep]
 Rules = Mapping[type[nn.Module], Rule]
 
 
 def as_neuron(module: nn.Module) -> Spike:
-    """Any rectifying activation becomes LM-H neurons whose θ calibration finds."""
+    """Any rectifying activation becomes LM-H neurons whose θ calibration finds.
+
+    Args:
+        module: the activation; what it computes is not looked at.
+
+    >>> rules = {nn.GELU: as_neuron}
+    >>> rules[nn.GELU](nn.GELU())
+    Spike(v_threshold=None, upper=inf, levels=None)
+    """
     return Spike()
 
 
 def keep(module: nn.Module) -> Keep:
-    """The activation stays analog."""
+    """The activation stays analog.
+
+    >>> rules = {nn.Softplus: keep}
+    >>> rules[nn.Softplus](nn.Softplus())
+    Keep()
+    """
     return Keep()
 
 
 def from_qcfs(module: nn.Module) -> Spike:
-    """A QCFS activation hands its learned θ to the neurons (Bu et al. 2022)."""
+    """A QCFS activation hands its learned θ to the neurons (Bu et al. 2022).
+
+    Raises:
+        ArgumentError: for another type.
+
+    >>> from_qcfs(QCFS(levels=4, v_threshold=2.0))
+    Spike(v_threshold=tensor(2.), upper=inf, levels=4)
+    """
     if not isinstance(module, QCFS):
         raise ArgumentError(f"from_qcfs: got {type(module).__name__}; expected QCFS. Use as_neuron for other types.")
     return Spike(v_threshold=module.v_threshold.detach().clone(), levels=module.levels)
@@ -70,6 +92,61 @@ class ReluSurgery:
 
     stand_ins: tuple[type[nn.Module], ...] = STAND_INS
 
+    def __post_init__(self) -> None:
+        kinds = self.stand_ins
+        if not (isinstance(kinds, tuple) and all(isinstance(k, type) and issubclass(k, nn.Module) for k in kinds)):
+            raise ArgumentError(
+                f"ReluSurgery: stand_ins is {kinds!r}; expected a tuple of module types. "
+                "Pass ReluSurgery((nn.SiLU, nn.GELU)), say."
+            )
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """A :class:`ReluSurgery` by names, as a recipe keeps it in a file.
+
+    Attributes:
+        names: of the stand-in types, with their modules.
+
+    >>> StandIns.of(ReluSurgery((nn.SiLU,)))
+    StandIns(names=('torch.nn.modules.activation.SiLU',))
+    """
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, surgery: ReluSurgery) -> StandIns:
+        """Return the names of a surgery's types."""
+        return cls(tuple(_qualified(kind) for kind in surgery.stand_ins))
+
+    def surgery(self, ann: nn.Module) -> ReluSurgery:
+        """Return the surgery again, from the types of ``ann`` and those already imported; imports nothing.
+
+        Raises:
+            ArgumentError: naming a type that is not found.
+        """
+        known = {_qualified(kind): kind for module in ann.modules() for kind in type(module).__mro__}
+        return ReluSurgery(tuple(known.get(name) or _imported(name) for name in self.names))
+
+
+def _qualified(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _imported(name: str) -> type[nn.Module]:
+    """Look a type up without ``getattr``, which some packages answer with an import."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        found: object = sys.modules.get(".".join(parts[:end]))
+        for part in parts[end:]:
+            found = getattr(found, "__dict__", {}).get(part)
+        if isinstance(found, type) and issubclass(found, nn.Module):
+            return found
+    raise ArgumentError(
+        f"stand-in {name}: no such module type in the source network or among the imported modules; expected the one "
+        "that the conversion named. Import the module that defines it first."
+    )
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -79,11 +156,13 @@ class Plan:
         rules: from activation type to rule.
         keep: paths of nodes that stay analog.
         surgery: what to do where no rule applies; None refuses.
+        maxpool: what becomes of max-pools.
     """
 
     rules: Rules
     keep: frozenset[str] = frozenset()
     surgery: ReluSurgery | None = None
+    maxpool: MaxPool = field(default_factory=BeforeNeuron)
 
 
 def merged(rules: Rules | None) -> Rules:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
 from ..errors import AuditError
-from ..ops import Kind, kind_of, label
+from ..op_table import Kind
+from ..ops import kind_of, label
 from ..records import Calibration, Prepared, Spike
 from ..shapes import BATCHES, batch_use, node_values
 from ..spiking import LMH, PerChannel, PerLayer, SpikingSite
+from ..structures import batched
 from ..time_axis import (
     EnterTail,
     FoldEvents,
+    LeaveConstant,
     LeaveTail,
     LeaveTime,
     RepeatInTail,
@@ -23,18 +27,19 @@ from ..time_axis import (
     TimeAxis,
     Timed,
 )
-from .prepare import unique_path
+from .maxpool import gate_pools
+from .paths import unique_path
 from .regions import Region, misfolded
 
 
 @dataclass(frozen=True)
 class DirectCoding:
-    """The input is one static tensor [N, *F] and a constant current (direct coding)."""
+    """Every input is one static tensor [N, *F] and a constant current (direct coding)."""
 
 
 @dataclass(frozen=True)
 class EventFrames:
-    """The input is a sequence of frames [T, N, *F]."""
+    """Every input is a sequence of frames [T, N, *F]."""
 
 
 Encoding = DirectCoding | EventFrames
@@ -67,13 +72,14 @@ def spike(
     pairs = _value_pairs(prepared)
     uses = {name: batch_use(pair) for name, pair in pairs.items()}
     exactly_n = {name for name, pair in pairs.items() if isinstance(pair[0], int) and pair == BATCHES}
-    problems = _own_sizes(model.graph, regions, uses, exactly_n)
+    problems = [*_own_sizes(model.graph, regions, uses, exactly_n), *_returned_sizes(model.graph, regions, uses)]
     if problems:
         raise AuditError(problems)
     _insert_sites(model, regions, prepared, calibration, neuron, time)
     _Folding(model, time, regions, uses).run()
+    gate_pools(model, time, [n for n, r in regions.items() if r is Region.TIMED and n.name in prepared.gated])
     if isinstance(encoding, EventFrames):
-        _fold_input(model, time)
+        _fold_inputs(model, time)
     model.graph.eliminate_dead_code()
     model.graph.lint()
     model.recompile()
@@ -88,7 +94,7 @@ def spike(
 
 def _value_pairs(prepared: Prepared) -> dict[str, tuple[Any, Any]]:
     """The values of every node, by name, at the two batch sizes."""
-    small, large = (node_values(prepared.model, (batch, *prepared.sample_shape)) for batch in BATCHES)
+    small, large = (node_values(prepared.model, batched(prepared.sample_shape, batch)) for batch in BATCHES)
     return {node.name: (small[node], large[node]) for node in small}
 
 
@@ -105,12 +111,12 @@ def _regions(graph: fx.Graph, prepared: Prepared, encoding: Encoding) -> dict[fx
         else:
             regions[node] = Region.CONSTANT if Region.CONSTANT in before else Region.FREE
     for node in reversed(graph.nodes):
-        if node.op in ("output", "placeholder") or regions[node] is not Region.TIMED or not node.users:
+        kind = kind_of(node)
+        if kind in (Kind.INPUT, Kind.OUTPUT) or regions[node] is not Region.TIMED or not node.users:
             continue
         if str(node.target) in prepared.activations:
             continue
-        after = {Region.READOUT if user.op == "output" else regions[user] for user in node.users}
-        kind = kind_of(node)
+        after = {Region.READOUT if kind_of(user) is Kind.OUTPUT else regions[user] for user in node.users}
         if after == {Region.READOUT} and kind is Kind.READOUT:
             regions[node] = Region.READOUT
         elif after <= {Region.TAIL, Region.READOUT} and kind in _COMMUTES_WITH_MEAN:
@@ -126,7 +132,10 @@ def _own_sizes(graph: fx.Graph, regions: dict[fx.Node, Region], uses: dict[str, 
             continue
         for size in [arg for arg in node.all_input_nodes if uses[arg.name] == "size"]:
             reshapes = kind_of(node) is Kind.SHAPE
-            if not reshapes or size.name not in exactly_n or not isinstance(node.args[0], fx.Node):
+            batched = isinstance(node.args[0], fx.Node) and uses.get(node.args[0].name) == "batched"
+            if reshapes and regions[size] is regions[node] and not (batched and size.name in exactly_n):
+                continue  # a parameter expanded to the batch, or a whole shape; both are of this node's own time
+            if not reshapes or size.name not in exactly_n or not batched:
                 problems.append(
                     f"{label(node)}: uses {label(size)}, which carries the batch size, as a value; expected it only as "
                     "the first size of a view or reshape. Write y.view(y.size(0), -1) or y.flatten(1)."
@@ -137,6 +146,18 @@ def _own_sizes(graph: fx.Graph, regions: dict[fx.Node, Region], uses: dict[str, 
             regions[own], uses[own.name] = regions[node], "size"
             node.replace_input_with(size, own)
     return problems
+
+
+def _returned_sizes(graph: fx.Graph, regions: dict[fx.Node, Region], uses: dict[str, str]) -> list[str]:
+    """Say where the network returns a number that carries T besides N."""
+    outputs = {node for node in graph.nodes if kind_of(node) is Kind.OUTPUT}
+    returned = {source for node in outputs for source in node.all_input_nodes} - outputs
+    return [
+        f"{label(node)}: returns a size that carries the batch size, read behind an activation where time is folded "
+        "into the batch; expected it read off the input. Write x.size(0) with the input x."
+        for node in graph.nodes
+        if node in returned and uses[node.name] == "size" and regions[node] not in (Region.FREE, Region.CONSTANT)
+    ]
 
 
 def _insert_sites(
@@ -182,14 +203,24 @@ class _Folding:
         for node in list(self.model.graph.nodes):
             if node.op == "placeholder" or self._is_site(node):
                 continue
-            region = Region.READOUT if node.op == "output" else self.regions[node]
+            if kind_of(node) is Kind.OUTPUT:
+                for source in node.all_input_nodes:
+                    node.replace_input_with(source, self._returned(source))
+                continue
+            region = self.regions[node]
             if region in (Region.FREE, Region.CONSTANT):
                 continue
             for source in list(node.all_input_nodes):
                 if self.uses.get(source.name) == "batched":
                     node.replace_input_with(source, self._crossed(source, region))
-        (output,) = (node for node in self.model.graph.nodes if node.op == "output")
-        output.replace_input_with(output.args[0], self._insert(output.args[0], LeaveTime))
+
+    def _returned(self, source: fx.Node) -> fx.Node:
+        """Return ``source`` as the caller gets it: reduced over time where it is timed."""
+        if kind_of(source) is Kind.OUTPUT or self.uses[source.name] != "batched":
+            return source
+        if self.regions[source] is Region.CONSTANT:
+            return self._insert(source, LeaveConstant)
+        return self._insert(self._crossed(source, Region.READOUT), LeaveTime)
 
     def _is_site(self, node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(self.model.get_submodule(str(node.target)), SpikingSite)
@@ -213,15 +244,23 @@ class _Folding:
         if key not in self.made:
             path = unique_path(self.model, f"time.{kind.__name__}")
             self.model.add_submodule(path, kind(self.time))
-            with self.model.graph.inserting_after(source):
+            with _inserting_behind(source):
                 self.made[key] = self.model.graph.call_module(path, (source,))
         return self.made[key]
 
 
-def _fold_input(model: fx.GraphModule, time: TimeAxis) -> None:
-    (source,) = (node for node in model.graph.nodes if node.op == "placeholder" and node.users)
-    path = unique_path(model, "time.FoldEvents")
-    model.add_submodule(path, FoldEvents(time))
-    with model.graph.inserting_after(source):
-        folded = model.graph.call_module(path, (source,))
-    source.replace_all_uses_with(folded, delete_user_cb=lambda user: user is not folded)
+def _inserting_behind(source: fx.Node) -> AbstractContextManager[Any]:
+    """Insert right behind ``source``, but behind all inputs if it is one."""
+    graph = source.graph
+    if source.op != "placeholder":
+        return graph.inserting_after(source)
+    return graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder"))
+
+
+def _fold_inputs(model: fx.GraphModule, time: TimeAxis) -> None:
+    for source in [node for node in model.graph.nodes if node.op == "placeholder" and node.users]:
+        path = unique_path(model, "time.FoldEvents")
+        model.add_submodule(path, FoldEvents(time))
+        with _inserting_behind(source):
+            folded = model.graph.call_module(path, (source,))
+        source.replace_all_uses_with(folded, delete_user_cb=lambda user, folded=folded: user is not folded)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..arguments import check_kind, check_network
 from ..time_axis import time_axis
 from .losses import TET, CrossEntropy, Distillation
 from .trainer import EpochBatches, EpochResult, OnBatch, OnEpoch, Schedule, fit
@@ -48,10 +49,24 @@ def finetune(
         One result for each epoch.
 
     Raises:
-        ArgumentError: if ``snn`` has no spiking sites.
+        ArgumentError: if ``snn`` has no spiking sites, or an argument is of a wrong type.
         TrainingError: as :func:`fit`.
+
+    >>> import torch
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from lmh.convert import convert
+    >>> x, y = torch.rand(64, 4), torch.randint(2, (64,))
+    >>> ann = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> snn = convert(ann, timesteps=4, data=x).snn
+    >>> loader = DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
+    >>> history = finetune(snn, loader, epochs=2, teacher=ann)
+    >>> [result.epoch for result in history], history[1].loss < history[0].loss
+    ([0, 1], True)
     """
+    check_network("finetune: snn", snn)
     time_axis(snn)
+    if schedule is not None:
+        check_kind("finetune: schedule", schedule, Schedule, "Schedule(epochs=10)")
     if schedule is None:
         schedule = Schedule(epochs=10 if epochs is None else epochs)
     elif epochs is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,13 @@ from ..errors import ArgumentError
 
 
 class Loss(Protocol):
-    """What every loss offers."""
+    """What every loss offers.
 
-    @property
-    def per_step(self) -> bool:
-        """Whether it reads every step's output instead of the mean."""
-        ...
+    Attributes:
+        per_step: whether it reads every step's output instead of the mean; a property of the type.
+    """
+
+    per_step: ClassVar[bool]
 
     def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return a scalar from outputs [N, C], or [T, N, C] if ``per_step``, and labels [N]."""
@@ -27,14 +28,18 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Cross-entropy of the mean output over time, the paper's loss."""
+    """Cross-entropy of the mean output over time, the paper's loss.
+
+    Attributes:
+        label_smoothing: share of the target that is spread evenly over all classes.
+    """
 
     label_smoothing: float = 0.0
-    per_step: bool = False
+    per_step: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.per_step:
-            raise ArgumentError("CrossEntropy reads the mean over time. Use TET() for a loss at every step.")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ArgumentError(f"CrossEntropy: label_smoothing is {self.label_smoothing}; expected 0 to 1.")
 
     def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the mean over the batch; outputs [N, C], labels [N]."""
@@ -52,11 +57,11 @@ class TET:
 
     weight: float = 0.05
     target: float = 1.0
-    per_step: bool = True
+    per_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (0 <= self.weight <= 1 and self.per_step):
-            raise ArgumentError(f"TET: weight is {self.weight}; expected 0 to 1, and per_step=True.")
+        if not 0 <= self.weight <= 1:
+            raise ArgumentError(f"TET: weight is {self.weight}; expected 0 to 1.")
 
     def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the loss; outputs [T, N, C], labels [N]."""

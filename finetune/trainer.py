@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -12,11 +13,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_batches, check_kind, check_labels, check_network, refuse, split_batch
 from ..artifact import read_tensors, write_tensors
 from ..errors import ArgumentError, ArtifactError, TrainingError
 from ..records import plain_value
 from ..spiking import SpikingSite
-from ..time_axis import per_step
+from ..structures import input_count, only_tensor
+from ..time_axis import FoldEvents, per_step
 from .losses import CrossEntropy, Distillation, Loss, combined
 
 
@@ -25,7 +28,7 @@ class EpochBatches(Protocol):
     """Batches that can be drawn anew for each epoch, such as :class:`lmh.zoo.Batches`."""
 
     def at_epoch(self, epoch: int) -> Iterable[Any]:
-        """Return the batches of one epoch, (x [N, *F], y [N]) or x alone."""
+        """Return the batches of one epoch, (x [N, *F], y [N]) or x alone; for k inputs (x1, …, xk, y)."""
         ...
 
 
@@ -66,10 +69,13 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ArgumentError(f"epochs is {self.epochs}; expected at least 1.")
-        if self.lr <= 0 or self.neuron_lr < 0:
+        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
+            raise ArgumentError(f"epochs is {self.epochs!r}; expected a whole number of at least 1.")
+        if not (0 < self.lr < math.inf and 0 <= self.neuron_lr < math.inf):
             raise ArgumentError(f"lr {self.lr} and neuron_lr {self.neuron_lr} came; expected lr > 0, neuron_lr ≥ 0.")
+        if isinstance(self.loss, type) or not (callable(self.loss) and hasattr(self.loss, "per_step")):
+            raise refuse("loss", self.loss, "a loss that says per_step", "Pass CrossEntropy() or TET().")
+        check_kind("distillation", self.distillation, Distillation, "Distillation()")
 
 
 @dataclass(frozen=True)
@@ -103,10 +109,11 @@ def fit(
     """Train any network, spiking or not, in place, and leave it in eval mode.
 
     A checkpoint of a run with the same schedule is resumed; batches, schedule, momentum and random state go on
-    as if the run had not been broken.
+    as if the run had not been broken. The run has a random state of its own, from the schedule's seed: the caller's
+    is as before when it ends, and so are the teacher's device and modes.
 
     Args:
-        model: gives [N, C]; a spiking one also every step.
+        model: gives one tensor [N, C]; a spiking one also every step.
         train: training batches by epoch, or any loader that can be iterated again, such as a DataLoader; only the
             first kind resumes exactly.
         val: batches with labels to measure after each epoch.
@@ -120,34 +127,108 @@ def fit(
         One result for each epoch, those before a resume included.
 
     Raises:
+        ArgumentError: for an argument of a wrong type, batches of another form, or a network that returns several
+            tensors.
         TrainingError: if the loss is not finite, the data is empty, or the checkpoint is of another run.
+
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> loader = DataLoader(TensorDataset(torch.rand(64, 4), torch.randint(2, (64,))), batch_size=16)
+    >>> ann = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> [result] = fit(ann, loader, loader, Schedule(epochs=1))
+    >>> 0 <= result.val_accuracy <= 1
+    True
     """
-    checkpoint = None if checkpoint is None else Path(checkpoint)
-    if not isinstance(train, EpochBatches):
-        train = _Repeated(train)
+    _check_arguments(model, train, val, schedule, teacher)
+    if checkpoint is not None:
+        check_kind("finetune: checkpoint", checkpoint, (str, Path), 'checkpoint="run.safetensors"')
+    source = train if isinstance(train, EpochBatches) else _Repeated(train)
+    file = None if checkpoint is None else Path(checkpoint)
+    device = next(model.parameters()).device
+    with _own_random_state(device), _as_teacher(teacher, device):
+        return _run(model, source, val, schedule, teacher, file, on_batch, on_epoch)
+
+
+def _check_arguments(
+    model: nn.Module,
+    train: EpochBatches | Iterable[Any],
+    val: Iterable[Any] | None,
+    schedule: Schedule,
+    teacher: nn.Module | None,
+) -> None:
+    check_network("finetune: the network", model)
+    if next(model.parameters(), None) is None:
+        raise ArgumentError(f"finetune: {type(model).__name__} has no parameters; expected some to train.")
+    check_kind("finetune: schedule", schedule, Schedule, "Schedule(epochs=10)")
+    if teacher is not None:
+        check_network("finetune: teacher", teacher)
+    for name, data in (("train", train), ("val", val)):
+        where = f"finetune: {name}"
+        if data is None and name == "val":
+            continue
+        if not isinstance(data, EpochBatches) or isinstance(data, type):
+            check_batches(where, data)
+        if isinstance(data, Tensor):
+            raise refuse(where, data, "batches", "Pass DataLoader(TensorDataset(x, y), batch_size=128, shuffle=True).")
+        if isinstance(data, Iterator):
+            raise refuse(where, data, "batches that can be read once for each epoch", "Pass list(…) or a DataLoader.")
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """Leave the random state of the caller, on the CPU and on the network's device, as it was."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield
+
+
+@contextmanager
+def _as_teacher(teacher: nn.Module | None, device: torch.device) -> Iterator[None]:
+    """Put a network on the device in eval mode for the length of the block."""
+    if teacher is None:
+        yield
+        return
+    home = next((parameter.device for parameter in teacher.parameters()), device)
+    modes = [(module, module.training) for module in teacher.modules()]
+    try:
+        teacher.to(device).eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        teacher.to(home)
+
+
+def _run(
+    model: nn.Module,
+    train: EpochBatches,
+    val: Iterable[Any] | None,
+    schedule: Schedule,
+    teacher: nn.Module | None,
+    checkpoint: Path | None,
+    on_batch: OnBatch | None,
+    on_epoch: OnEpoch | None,
+) -> list[EpochResult]:
     optimizer = torch.optim.SGD(_groups(model, schedule), lr=schedule.lr, momentum=schedule.momentum)
     torch.manual_seed(schedule.seed)
     start = None if checkpoint is None else _fingerprint(model, train)
     history = _resume(model, optimizer, schedule, checkpoint, start)
-    device = next(model.parameters()).device
-    if teacher is not None:
-        teacher = teacher.to(device).eval()
     batches = _count(train.at_epoch(0))
     for epoch in range(len(history), schedule.epochs):
         model.train()
         total, seen = 0.0, 0
         for index, batch in enumerate(train.at_epoch(epoch)):
-            x, y = _split(batch, device)
+            inputs, y = _split("finetune: train", batch, model)
             _set_rate(optimizer, schedule, (epoch + index / batches) / schedule.epochs)
             try:
-                loss = _step(model, optimizer, schedule, teacher, x, y)
+                loss = _step(model, optimizer, schedule, teacher, inputs, y)
             except _DivergedError as error:
                 raise TrainingError(
                     f"epoch {epoch + 1}, batch {index + 1}: {error}; expected a finite number. "
                     "Lower lr or neuron_lr, or look for NaN in the data; a checkpoint of the last whole epoch is kept "
                     "if one was asked for."
                 ) from error
-            total, seen = total + loss * len(x), seen + len(x)
+            samples = _samples(model, inputs)
+            total, seen = total + loss * samples, seen + samples
             if on_batch is not None:
                 on_batch(epoch, index, loss)
         model.eval()
@@ -161,15 +242,14 @@ def fit(
 
 def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     """Return the fraction of samples whose largest output is the label's; batches are (x, y)."""
-    device = next(model.parameters()).device
     correct = count = 0
     with torch.no_grad():
         for batch in batches:
-            x, y = _split(batch, device)
+            inputs, y = _split("finetune: val", batch, model)
             if y is None:
                 raise TrainingError("validation batches have no labels; expected (x, y). Pass val=None.")
-            correct += int((model(x).argmax(1) == y).sum())
-            count += len(x)
+            correct += int((only_tensor(model(*inputs), "finetune").argmax(1) == y).sum())
+            count += len(y)
     if count == 0:
         raise TrainingError("the validation data gave no batch; expected at least one sample. Pass val=None.")
     return correct / count
@@ -199,14 +279,24 @@ def _set_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, progress: fl
         group["lr"] = group["base_lr"] * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _split(batch: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    if isinstance(batch, Tensor):
-        return batch.to(device), None
-    return batch[0].to(device), batch[1].to(device)
+def _split(where: str, batch: Any, model: nn.Module) -> tuple[list[Tensor], Tensor | None]:
+    like = next(model.parameters())
+    inputs, y = split_batch(where, batch, input_count(model))
+    if y is not None:
+        y = check_labels(where, y, _samples(model, inputs)).to(like.device)
+    return [x.to(like) for x in inputs], y
+
+
+def _samples(model: nn.Module, inputs: Sequence[Tensor]) -> int:
+    """Return N of inputs [N, *F], or [T, N, *F] where the network takes event frames."""
+    return inputs[0].shape[int(any(isinstance(module, FoldEvents) for module in model.modules()))]
 
 
 def _count(batches: Iterable[Any]) -> int:
-    count = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
+    try:
+        count = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
+    except TypeError:  # a DataLoader over an IterableDataset has a __len__ that fails
+        count = sum(1 for _ in batches)
     if count == 0:
         raise TrainingError("the training data gave no batch; expected at least one sample. Check --train-samples.")
     return count
@@ -217,12 +307,13 @@ def _step(
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     teacher: nn.Module | None,
-    x: Tensor,
+    inputs: Sequence[Tensor],
     y: Tensor | None,
 ) -> float:
     with torch.no_grad():
-        target = None if teacher is None else teacher(x)
-    outputs = per_step(model, x) if schedule.loss.per_step else model(x)
+        target = None if teacher is None else only_tensor(teacher(*inputs), "finetune")
+    returned = per_step(model, *inputs) if schedule.loss.per_step else model(*inputs)
+    outputs = only_tensor(returned, "finetune")
     if y is not None and int(y.max()) >= outputs.shape[-1]:
         raise TrainingError(
             f"a label is {int(y.max())} and the network has {outputs.shape[-1]} outputs; expected labels below that. "
@@ -243,7 +334,7 @@ def _fingerprint(model: nn.Module, train: EpochBatches) -> str:
     """Digest of where a run starts: the weights, the number of batches and the first of them."""
     batches = train.at_epoch(0)
     first = next(iter(batches), ())
-    tensors = [first] if isinstance(first, Tensor) else list(first)
+    tensors = [first] if isinstance(first, Tensor) else [item for item in first if isinstance(item, Tensor)]
     digest = hashlib.sha256(str(_count(batches)).encode())
     for tensor in (*model.state_dict().values(), *tensors):
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import LMHError
     from .evaluation import evaluate
+    from .kernels import Kernel, use_kernel
     from .qcfs import QCFS
-    from .spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, sites
+    from .spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, kernels_used, sites
     from .time_axis import carry_state, per_step, prefixes
 
 __version__ = "0.1.0"
@@ -26,8 +27,10 @@ _HOMES = {
     "evaluate": "evaluation",
     "QCFS": "qcfs",
     **dict.fromkeys(
-        ("IF", "LIF", "LMH", "PerChannel", "PerLayer", "PerStep", "Ranges", "SpikingSite", "sites"), "spiking"
+        ("IF", "LIF", "LMH", "PerChannel", "PerLayer", "PerStep", "Ranges", "SpikingSite", "kernels_used", "sites"),
+        "spiking",
     ),
+    **dict.fromkeys(("Kernel", "use_kernel"), "kernels"),
     **dict.fromkeys(("carry_state", "per_step", "prefixes"), "time_axis"),
 }
 
@@ -36,6 +39,7 @@ __all__ = [
     "LIF",
     "LMH",
     "QCFS",
+    "Kernel",
     "LMHError",
     "PerChannel",
     "PerLayer",
@@ -44,9 +48,11 @@ __all__ = [
     "SpikingSite",
     "carry_state",
     "evaluate",
+    "kernels_used",
     "per_step",
     "prefixes",
     "sites",
+    "use_kernel",
 ]
 
 

@@ -17,8 +17,8 @@ from .errors import LMHError
 COMMANDS = {
     "convert": ("lmh.convert.cli", "convert_command", "Convert a model to a spiking network (lmh-convert)."),
     "export": ("lmh.convert.export_cli", "export_command", "Write a saved network as ONNX, torch.export or NIR."),
-    "inspect": ("lmh.convert.inspect_cli", "inspect_command", "Say what a saved network is made of."),
-    "report": ("lmh.convert.inspect_cli", "report_command", "Load a saved network and measure it on data."),
+    "inspect": ("lmh.convert.inspect_cli", "inspect_command", "Say what a saved network or a model file is made of."),
+    "report": ("lmh.convert.report_cli", "report_command", "Load a saved network and measure it on data."),
     "zoo": ("lmh.zoo.cli", "zoo_group", "List, show and train the zoo's networks."),
 }
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from .energy import binary_nodes, dense_macs, fan_out, tail_nodes
+from .arguments import check_batches, check_labels, check_network, split_batch
+from .energy import analog_macs, binary_nodes, dense_macs, fan_out, tail_nodes
 from .errors import ArgumentError, DataError
-from .ops import Kind, kind_of
+from .op_table import Kind
+from .ops import kind_of, label, module_of, signal_input
 from .records import Evaluation, LayerWork
 from .spiking import SpikingSite
-from .time_axis import FoldEvents, Readout, call, time_axis
+from .structures import input_count, only_tensor
+from .time_axis import FoldEvents, Readout, Timed, call, time_axis
 
 
 def evaluate(
     snn: fx.GraphModule,
-    data: Iterable[Any],
+    data: Iterable[Any] | Tensor,
     *,
     ann: nn.Module | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -27,7 +32,8 @@ def evaluate(
 
     Args:
         snn: from :func:`lmh.convert.convert` or :func:`lmh.convert.load`; not changed, run in eval mode.
-        data: batches (x, y), or x alone where there are no labels; x as the network takes it.
+        data: batches (x, y), or x alone where there are no labels, or one tensor; x as the network takes it,
+            floating and normalised, y whole numbers [N]. For a network with k inputs, (x1, …, xk, y).
         ann: the source, for its accuracy and for how far the outputs are apart.
         on_batch: told the number of samples done.
 
@@ -35,25 +41,46 @@ def evaluate(
         Accuracies are fractions of 1; one entry for each t = 1…T.
 
     Raises:
-        ArgumentError: if ``snn`` is not a converted graph.
+        ArgumentError: if ``snn`` is not a converted graph or returns several tensors, or the batches are of another
+            form.
         DataError: if the data gives no sample, or labels beyond the network's outputs.
+
+    >>> from lmh import zoo
+    >>> from lmh.convert import load
+    >>> digits = zoo.load_data("digits").test
+    >>> batches = zoo.Batches(digits, zoo.card("digits-cnn").preprocessing)
+    >>> result = evaluate(load("zoo:digits-cnn-t4"), batches, ann=zoo.load("digits-cnn"))
+    >>> result.samples, len(result.snn_accuracy), result.snn_accuracy[-1] > 0.95
+    (360, 4, True)
     """
+    check_network("evaluate: snn", snn)
     time = time_axis(snn)
     if not isinstance(snn, fx.GraphModule):
         raise ArgumentError(f"evaluate: got {type(snn).__name__}; expected the fx.GraphModule that convert returned.")
     events = any(isinstance(module, FoldEvents) for module in snn.modules())
+    if ann is not None:
+        check_network("evaluate: ann", ann)
+    inputs = input_count(snn)
+    if isinstance(data, Tensor):
+        split_batch("evaluate: data", data, inputs)
+        data = list(data.split(128, dim=1 if events else 0))
+    check_batches("evaluate: data", data)
     modes = [(module, module.training) for model in (snn, ann) if model is not None for module in model.modules()]
-    score, counter = _Score(time.timesteps), _Counter(snn, time.timesteps)
-    device = next(snn.parameters()).device
+    score, counter = _Score(time.timesteps), _Counter(snn, time.timesteps, events)
+    like = next(snn.parameters())
     try:
         snn.eval()
         with torch.no_grad(), call(time, Readout.PREFIXES, None):
             for batch in data:
-                x, y = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1].to(device))
-                if not torch.isfinite(x).all():
+                given, y = split_batch("evaluate: data", batch, inputs)
+                count = given[0].shape[1 if events else 0]
+                if y is not None:
+                    y = check_labels("evaluate: data", y, count).to(like.device)
+                if not all(torch.isfinite(x).all() for x in given):
                     raise DataError("the data holds NaN or infinite values; expected finite ones. Check the images.")
-                outputs = counter.count(x.to(device), x.shape[1] if events else len(x))
-                score.add(outputs, y, None if ann is None else _ann_outputs(ann.eval(), x.to(device), events))
+                given = tuple(x.to(like) for x in given)
+                outputs = only_tensor(counter.count(given, count), "evaluate")
+                score.add(outputs, y, None if ann is None else _ann_outputs(ann.eval(), given, events))
                 if on_batch is not None:
                     on_batch(score.samples)
     finally:
@@ -64,8 +91,11 @@ def evaluate(
     return score.result(counter)
 
 
-def _ann_outputs(ann: nn.Module, x: Tensor, events: bool) -> Tensor:
-    return ann(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(0) if events else ann(x)
+def _ann_outputs(ann: nn.Module, inputs: Sequence[Tensor], events: bool) -> Tensor:
+    if not events:
+        return only_tensor(ann(*inputs), "evaluate")
+    outputs = only_tensor(ann(*(x.flatten(0, 1) for x in inputs)), "evaluate")
+    return outputs.unflatten(0, inputs[0].shape[:2]).mean(0)
 
 
 class _Score:
@@ -117,15 +147,16 @@ class _Score:
             output_error=self.distance / self.norm if self.norm else None,
             firing_rate=counter.firing_rates(),
             layers=counter.layers(self.samples),
+            uncounted=tuple(counter.uncounted),
         )
 
 
 class _Counter(fx.Interpreter):
     """Runs the network node by node and counts spikes, SynOps and multiply-accumulates."""
 
-    def __init__(self, snn: fx.GraphModule, timesteps: int) -> None:
+    def __init__(self, snn: fx.GraphModule, timesteps: int, events: bool) -> None:
         super().__init__(snn)
-        self.timesteps = timesteps
+        self.frames = timesteps if events else 1
         self.binary, self.tail = binary_nodes(snn), tail_nodes(snn)
         self.spikes: dict[str, int] = {}
         self.chances: dict[str, int] = {}
@@ -133,12 +164,14 @@ class _Counter(fx.Interpreter):
         self.accumulates: dict[fx.Node, float] = {}
         self.macs: dict[fx.Node, float] = {}
         self.ann_macs: dict[fx.Node, float] = {}
+        self.analog: dict[fx.Node, float] = {}
+        self.uncounted: list[str] = []
         self.batch = 0
 
-    def count(self, x: Tensor, batch: int) -> Tensor:
+    def count(self, inputs: Sequence[Tensor], batch: int) -> Any:
         """Run a batch of ``batch`` samples and return the network's output."""
         self.batch = batch
-        return self.run(x)
+        return self.run(*inputs)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -147,13 +180,31 @@ class _Counter(fx.Interpreter):
             self.spikes[path] = self.spikes.get(path, 0) + int(torch.count_nonzero(value))
             self.chances[path] = self.chances.get(path, 0) + value.numel()
         elif kind_of(n) is Kind.SYNAPSE:
-            self._count_work(n, self.env[n.all_input_nodes[0]], value)
+            self._count_work(n, self.env[signal_input(n)], value)
+        elif kind_of(n) is Kind.UNKNOWN and not isinstance(module_of(n), Timed):
+            self._count_analog(n, value)
         return value
+
+    def _count_analog(self, node: fx.Node, value: Any) -> None:
+        """Count what a kept node multiplies, by its shapes in the first batch."""
+        entries = next((len(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+        if entries == 0:
+            return
+        if node not in self.analog:
+            inputs = self.fetch_args_kwargs_from_env(node)
+            call = partial(getattr(self, node.op), node.target)
+            work = analog_macs(lambda *args, **kwargs: call(args, kwargs), module_of(node), inputs)
+            if work is None:
+                self.uncounted.append(label(node))
+            self.analog[node] = (work or 0.0) / entries
+        if self.analog[node]:
+            self.ann_macs[node] = self.analog[node] * self.frames
+            self.macs[node] = self.macs.get(node, 0.0) + self.analog[node] * entries
 
     def _count_work(self, node: fx.Node, x: Tensor, value: Tensor) -> None:
         dense = dense_macs(node, x, value)
-        self.ann_macs[node] = dense
-        if node.all_input_nodes[0] in self.binary:
+        self.ann_macs[node] = dense * self.frames
+        if signal_input(node) in self.binary:
             if node not in self.fan_outs:
                 self.fan_outs[node] = fan_out(node, x)
             work = float(((x != 0).sum(0) * self.fan_outs[node]).sum(dtype=torch.float64))
@@ -167,10 +218,10 @@ class _Counter(fx.Interpreter):
         return {path: self.spikes[path] / self.chances[path] for path in self.spikes}
 
     def layers(self, samples: int) -> tuple[LayerWork, ...]:
-        """Return the work of each weighted layer for one sample."""
+        """Return the work of each weighted layer and kept node for one sample."""
         return tuple(
             LayerWork(
-                str(node.target) if node.op == "call_module" else node.name,
+                label(node),
                 self.ann_macs[node],
                 self.accumulates.get(node, 0.0) / samples,
                 self.macs.get(node, 0.0) / samples,

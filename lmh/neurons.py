@@ -1,4 +1,4 @@
-"""The LM-H neuron: one pure step, and the run over T steps (Hao et al., ICLR 2024).
+"""The LM-H neuron: one pure step, its adjoint, and the run over T steps (Hao et al., ICLR 2024).
 
 Per layer and step t, with input current I[t]:
 
@@ -10,6 +10,19 @@ Per layer and step t, with input current I[t]:
 
 The equations, the detached soft reset and both presets are the paper's. The learnable θ, the surrogate
 scaled by θ and the range of λ_S are ours (docs/design.md).
+
+The adjoint runs the same steps backwards. Write x̄ for ∂L/∂x, g[t] for the gradient of the output, u = (m_S − θ)/θ and
+σ for the surrogate's ds/du at u. As no gradient passes the reset, ∂v_S[t]/∂m_S[t] = 1, and
+
+    m̄_S[t]   = σ[t] g[t] + v̄_S[t]
+    v̄_D[t]   = λ_D m̄_S[t] + μ_D v̄_D[t+1]
+    v̄_S[t-1] = λ_S m̄_S[t] + μ_S v̄_D[t]
+    Ī[t]     = v̄_D[t]
+    λ̄_S = Σ m̄_S[t] v_S[t-1]     μ̄_S = Σ v̄_D[t] v_S[t-1]
+    λ̄_D = Σ m̄_S[t] v_D[t]       μ̄_D = Σ v̄_D[t] v_D[t-1]
+    θ̄   = Σ g[t] (s[t] − σ[t] m_S[t]/θ)
+
+from v̄_S[T] = v̄_D[T+1] = 0 on, with m_S/θ = u + 1. The sums run over t and over everything that shares a coefficient.
 """
 
 from __future__ import annotations
@@ -53,22 +66,49 @@ class _Fire(torch.autograd.Function):
     def forward(ctx: Any, soma: Tensor, v_threshold: Tensor, surrogate: Surrogate) -> Tensor:
         ctx.save_for_backward(soma, v_threshold)
         ctx.surrogate = surrogate
-        return _heaviside(soma, v_threshold)
+        return spikes(soma, v_threshold) * v_threshold
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (grad,) = grads
         soma, v_threshold = ctx.saved_tensors
-        slope = ctx.surrogate((soma - v_threshold) / v_threshold)
+        slope = ctx.surrogate(over_threshold(soma, v_threshold))
         grad_threshold = None
         if ctx.needs_input_grad[1]:
-            spikes = (soma >= v_threshold).to(soma.dtype)
-            grad_threshold = (grad * (spikes - slope * soma / v_threshold)).sum_to_size(v_threshold.shape)
+            terms = grad * (spikes(soma, v_threshold) - slope * soma / v_threshold)
+            grad_threshold = terms.sum_to_size(v_threshold.shape)
         return grad * slope, grad_threshold, None
 
 
-def _heaviside(soma: Tensor, v_threshold: Tensor) -> Tensor:
-    return (soma >= v_threshold).to(soma.dtype) * v_threshold
+def over_threshold(soma: Tensor, v_threshold: Tensor) -> Tensor:
+    """Return u = (m_S − θ)/θ, of the shape of ``soma``.
+
+    >>> over_threshold(torch.tensor([0.0, 0.5, 1.0]), torch.tensor(0.5))
+    tensor([-1.,  0.,  1.])
+    """
+    return (soma - v_threshold) * v_threshold.reciprocal()
+
+
+def spikes(soma: Tensor, v_threshold: Tensor) -> Tensor:
+    """Return s = H(m_S − θ), 0 or 1, of the shape and dtype of ``soma``; without a gradient.
+
+    >>> spikes(torch.tensor([0.4, 0.5, 2.0]), torch.tensor(0.5))
+    tensor([0., 1., 1.])
+    """
+    # On a CPU a comparison in place is several times as fast as one to a mask that is then made numbers.
+    return soma.detach().clone().ge_(v_threshold.detach())
+
+
+def charge(current: Tensor, state: State, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
+    """Return v_D[t] and m_S[t], the potentials before the spike, of the shape of the current.
+
+    >>> one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    >>> charge(torch.tensor([0.75]), State(zero, torch.tensor([0.5])), Coefficients(one, one, one, zero, zero))
+    (tensor([0.7500]), tensor([1.2500]))
+    """
+    _, lambda_s, lambda_d, mu_s, mu_d = coefficients
+    v_dendrite = mu_d * state.v_dendrite + mu_s * state.v_soma + current
+    return v_dendrite, lambda_s * state.v_soma + lambda_d * v_dendrite
 
 
 def fire(soma: Tensor, v_threshold: Tensor, surrogate: Surrogate) -> Tensor:
@@ -80,7 +120,7 @@ def fire(soma: Tensor, v_threshold: Tensor, surrogate: Surrogate) -> Tensor:
     """
     if torch.is_grad_enabled() and (soma.requires_grad or v_threshold.requires_grad):
         return _Fire.apply(soma, v_threshold, surrogate)
-    return _heaviside(soma, v_threshold)
+    return spikes(soma, v_threshold) * v_threshold
 
 
 def lmh_step(current: Tensor, state: State, coefficients: Coefficients, surrogate: Surrogate) -> tuple[Tensor, State]:
@@ -101,11 +141,70 @@ def lmh_step(current: Tensor, state: State, coefficients: Coefficients, surrogat
     >>> lmh_step(torch.tensor([0.75]), start, Coefficients(one, one, one, zero, zero), Triangle())
     (tensor([1.]), State(v_dendrite=tensor([0.7500]), v_soma=tensor([0.2500])))
     """
-    theta, lambda_s, lambda_d, mu_s, mu_d = coefficients
-    v_dendrite = mu_d * state.v_dendrite + mu_s * state.v_soma + current
-    soma = lambda_s * state.v_soma + lambda_d * v_dendrite
-    output = fire(soma, theta, surrogate)
+    v_dendrite, soma = charge(current, state, coefficients)
+    output = fire(soma, coefficients.v_threshold, surrogate)
     return output, State(v_dendrite, soma - output.detach())
+
+
+class Moment(NamedTuple):
+    """What the adjoint of step t reads of the run: the state at t−1, and v_D[t] and m_S[t]."""
+
+    before: State
+    v_dendrite: Tensor
+    soma: Tensor
+
+
+class StepGradients(NamedTuple):
+    """What one step of the adjoint gives.
+
+    Attributes:
+        current: Ī[t], the shape of the current.
+        before: μ_D v̄_D[t] and v̄_S[t−1], the gradient of the state at t−1.
+        coefficients: for θ, λ_S, λ_D, μ_S, μ_D a function that gives the step's terms of its sum, the shape of the
+            current; a function, so that nothing is computed for a frozen one.
+    """
+
+    current: Tensor
+    before: State
+    coefficients: tuple[Callable[[], Tensor], ...]
+
+
+def lmh_step_adjoint(
+    grad_output: Tensor, after: State, moment: Moment, coefficients: Coefficients, surrogate: Surrogate
+) -> StepGradients:
+    """The adjoint of :func:`lmh_step`, the second set of equations at the top of this module.
+
+    Args:
+        grad_output: g[t], shape [N, *F].
+        after: μ_D v̄_D[t+1] and v̄_S[t], the gradient of the state at t; zero at the last step.
+        moment: the run at step t.
+        coefficients: θ, λ, μ of this step.
+        surrogate: ds/du.
+
+    Returns:
+        The gradients of the current, of the state at t−1, and of the coefficients.
+
+    >>> from lmh.surrogates import Triangle
+    >>> one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    >>> moment = Moment(State(zero, torch.tensor(0.5)), torch.tensor([0.75]), torch.tensor([1.25]))
+    >>> values = Coefficients(one, one, one, zero, zero)
+    >>> lmh_step_adjoint(torch.tensor([2.0]), State(zero, zero), moment, values, Triangle()).current
+    tensor([1.5000])
+    """
+    theta, lambda_s, lambda_d, mu_s, mu_d = coefficients
+    before, v_dendrite, soma = moment
+    u = over_threshold(soma, theta)
+    by_spike = surrogate(u) * grad_output
+    soma_bar = by_spike + after.v_soma
+    dendrite_bar = lambda_d * soma_bar + after.v_dendrite
+    terms = (
+        lambda: grad_output * spikes(soma, theta) - by_spike * (u + 1),
+        lambda: soma_bar * before.v_soma,
+        lambda: soma_bar * v_dendrite,
+        lambda: dendrite_bar * before.v_soma,
+        lambda: dendrite_bar * before.v_dendrite,
+    )
+    return StepGradients(dendrite_bar, State(mu_d * dendrite_bar, lambda_s * soma_bar + mu_s * dendrite_bar), terms)
 
 
 def lmh_run(

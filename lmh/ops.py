@@ -1,7 +1,7 @@
-"""One table that says what each node of a traced graph does, whatever way it is spelled.
+"""What each node of a traced graph does, whatever way it is spelled.
 
-Functions, methods and modules are normalised to a :class:`Kind`; activations to the module type that a
-rule is keyed by. The audit, the passes, the statistics and the energy count all read this table.
+Functions, methods and modules are normalised to a :class:`Kind` by the tables of :mod:`lmh.op_table`, activations to
+the module type that a rule is keyed by. The audit, the passes, the statistics and the energy count all ask here.
 """
 
 from __future__ import annotations
@@ -9,150 +9,35 @@ from __future__ import annotations
 import copy
 import operator
 import sys
-from collections.abc import Callable
-from enum import Enum
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
-from .qcfs import QCFS
-
-
-class Kind(Enum):
-    """What a node does to the values that pass through it."""
-
-    INPUT = "input"
-    PARAMETER = "parameter"
-    SYNAPSE = "weighted sum (convolution, linear)"
-    AFFINE = "affine"
-    SHAPE = "moves values, changes none"
-    ACTIVATION = "activation"
-    MAXPOOL = "max-pool"
-    READOUT = "softmax or sigmoid"
-    SIZE = "sizes and whole numbers"
-    OUTPUT = "output"
-    UNKNOWN = "not in the table"
-
-
-SYNAPSE_MODULES = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
+from .op_table import (
+    ACTIVATION_SPELLINGS,
+    ADAPTIVE_MAXPOOL_FUNCTIONS,
+    CLAMPS,
+    CONTRACTIONS,
+    FUNCTION_KINDS,
+    MAYBE_SIZES,
+    METHOD_KINDS,
+    MODULE_KINDS,
+    MOVING_ATTRIBUTES,
+    PRODUCTS,
+    QUOTIENTS,
+    SIZE_ATTRIBUTES,
+    SYNAPSE_FUNCTIONS,
+    VIEW_MODULES,
+    VIEWS,
+    Kind,
 )
-BATCHNORM_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-AVGPOOL_MODULES = (
-    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-)  # fmt: skip
-MAXPOOL_MODULES = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-)  # fmt: skip
-DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-IDENTITY_MODULES = (nn.Identity, *DROPOUT_MODULES)
-READOUT_MODULES = (nn.Softmax, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)
-ACTIVATION_MODULES = (
-    nn.ReLU, QCFS, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU,
-    nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh, nn.Hardsigmoid, nn.Hardswish, nn.Softsign,
-)  # fmt: skip
 
-MODULE_KINDS: dict[type[nn.Module], Kind] = {
-    **dict.fromkeys(SYNAPSE_MODULES, Kind.SYNAPSE),
-    **dict.fromkeys((*BATCHNORM_MODULES, *AVGPOOL_MODULES, nn.Upsample), Kind.AFFINE),
-    **dict.fromkeys((nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.ChannelShuffle, *IDENTITY_MODULES), Kind.SHAPE),
-    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), Kind.SHAPE),
-    **dict.fromkeys(MAXPOOL_MODULES, Kind.MAXPOOL),
-    **dict.fromkeys(READOUT_MODULES, Kind.READOUT),
-    **dict.fromkeys(ACTIVATION_MODULES, Kind.ACTIVATION),
-}
-
-FUNCTION_KINDS: dict[Callable[..., Any], Kind] = {
-    **dict.fromkeys(
-        (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear),
-        Kind.SYNAPSE,
-    ),
-    **dict.fromkeys(
-        (
-            operator.add, operator.iadd, operator.sub, operator.isub, operator.neg, torch.add, torch.sub,
-            F.batch_norm, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, torch.mean, torch.sum,
-            F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate,
-        ),
-        Kind.AFFINE,
-    ),
-    **dict.fromkeys(
-        (
-            torch.flatten, torch.reshape, torch.cat, torch.concat, torch.concatenate, torch.permute, torch.transpose,
-            torch.squeeze, torch.unsqueeze, torch.chunk, torch.split, F.dropout, F.dropout2d, F.dropout3d, F.pad,
-        ),
-        Kind.SHAPE,
-    ),
-    **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), Kind.MAXPOOL),
-    **dict.fromkeys((F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d), Kind.MAXPOOL),
-    **dict.fromkeys((torch.max_pool1d, torch.max_pool2d, torch.max_pool3d), Kind.MAXPOOL),
-    **dict.fromkeys((F.softmax, F.log_softmax, F.sigmoid), Kind.READOUT),
-    **dict.fromkeys((torch.softmax, torch.log_softmax, torch.sigmoid), Kind.READOUT),
-}  # fmt: skip
-
-METHOD_KINDS: dict[str, Kind] = {
-    **dict.fromkeys(("add", "add_", "sub", "sub_", "mean", "sum", "neg"), Kind.AFFINE),
-    **dict.fromkeys(
-        ("flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "chunk", "split"),
-        Kind.SHAPE,
-    ),
-    **dict.fromkeys(("softmax", "log_softmax", "sigmoid"), Kind.READOUT),
-    **dict.fromkeys(("size", "dim", "numel"), Kind.SIZE),
-}
-
-QUOTIENTS: set[Any] = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
-PRODUCTS: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"} | QUOTIENTS
-
-DROPOUT_FUNCTIONS: dict[Any, type[nn.Module]] = {
-    F.dropout: nn.Dropout,
-    F.dropout2d: nn.Dropout2d,
-    F.dropout3d: nn.Dropout3d,
-}
-
-MAYBE_SIZES: set[Any] = {
-    operator.getitem, operator.add, operator.iadd, operator.sub, operator.isub, operator.neg, operator.mul,
-    operator.imul, operator.truediv, operator.itruediv, operator.floordiv, operator.mod, operator.pow, operator.eq,
-    operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
-}  # fmt: skip
-
-CLAMPS: set[Any] = {
-    torch.clamp,
-    torch.clamp_,
-    "clamp",
-    "clamp_",
-    torch.clamp_min,
-    "clamp_min",
-    "clamp_min_",
-}
-
-ACTIVATION_SPELLINGS: dict[Callable[..., Any] | str, type[nn.Module]] = {
-    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), nn.ReLU),
-    **dict.fromkeys(CLAMPS, nn.ReLU),
-    **dict.fromkeys((F.relu6,), nn.ReLU6),
-    **dict.fromkeys((F.hardtanh, F.hardtanh_), nn.Hardtanh),
-    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), nn.LeakyReLU),
-    **dict.fromkeys((F.elu, F.elu_), nn.ELU),
-    **dict.fromkeys((F.selu, torch.selu), nn.SELU),
-    **dict.fromkeys((F.celu, torch.celu), nn.CELU),
-    F.gelu: nn.GELU,
-    F.silu: nn.SiLU,
-    F.mish: nn.Mish,
-    F.softplus: nn.Softplus,
-    F.hardswish: nn.Hardswish,
-    F.hardsigmoid: nn.Hardsigmoid,
-    **dict.fromkeys((torch.tanh, F.tanh, "tanh", "tanh_"), nn.Tanh),
-}  # fmt: skip
-
-VIEWS = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.chunk,
-         torch.split, operator.getitem, "flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze",
-         "chunk", "split", "contiguous"}  # fmt: skip
+PATH = "lmh_path"
 
 
 def module_of(node: fx.Node) -> nn.Module | None:
@@ -177,9 +62,48 @@ def is_tensor(value: object) -> bool:
         return False
     if value.op == "call_method":
         return METHOD_KINDS.get(str(value.target)) is not Kind.SIZE
+    if value.target is getattr:
+        return value.args[1] in MOVING_ATTRIBUTES
     if value.op != "call_function" or value.target not in MAYBE_SIZES:
-        return value.target is not getattr
+        return True
     return any(is_tensor(source) for source in value.all_input_nodes)
+
+
+def is_signal(value: object) -> bool:
+    """Whether ``value`` is a node that carries a tensor computed from the network's input.
+
+    Parameters, what is computed from them alone, and tensors made from sizes are none.
+    """
+    pending, seen = [value], set()
+    while pending:
+        current = pending.pop()
+        if not is_tensor(current) or current in seen:
+            continue
+        assert isinstance(current, fx.Node)
+        if current.op == "placeholder":
+            return True
+        seen.add(current)
+        pending += reversed(current.all_input_nodes)
+    return False
+
+
+def signals(graph: fx.Graph) -> set[fx.Node]:
+    """Return every node for which :func:`is_signal` holds."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (is_tensor(node) and any(source in found for source in node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def signal_operands(node: fx.Node) -> list[fx.Node]:
+    """Return the signals among a call's arguments; one that is used twice, as in ``x * x``, comes twice."""
+    return [leaf for leaf in pytree.tree_leaves((node.args, dict(node.kwargs))) if is_signal(leaf)]
+
+
+def signal_input(node: fx.Node) -> fx.Node:
+    """Return the first input that is a signal, or else the first input."""
+    return next((source for source in node.all_input_nodes if is_signal(source)), node.all_input_nodes[0])
 
 
 def module_kind(kind: type[nn.Module]) -> Kind:
@@ -195,8 +119,9 @@ def module_kind(kind: type[nn.Module]) -> Kind:
 def kind_of(node: fx.Node) -> Kind:
     """Return what ``node`` does.
 
-    Activation functions count as ``ACTIVATION`` whether a rule covers them or not; a clamp does only if
-    it is a ReLU (``min=0`` and no maximum).
+    Activation functions count as ``ACTIVATION`` whether a rule covers them or not; a clamp does only if it has the
+    form of a ReLU or of a Hardtanh. A product, division or weighted sum of two signals is in no table. The dict or
+    named tuple that is returned counts as ``OUTPUT``.
     """
     match node.op:
         case "placeholder":
@@ -206,49 +131,168 @@ def kind_of(node: fx.Node) -> Kind:
         case "get_attr":
             return Kind.PARAMETER
         case "call_module":
-            return module_kind(type(module_of(node)))  # type: ignore[arg-type]
+            kind = _kind_of_module(module_of(node))  # type: ignore[arg-type]
+            return Kind.SHAPE if kind is Kind.MAXPOOL and _selects(node) else kind
     target: Any = node.target
-    if target in CLAMPS:
-        low, high = argument(node, 1, "min"), argument(node, 2, "max")
-        return Kind.ACTIVATION if low == 0 and high is None else Kind.UNKNOWN
-    if target in ACTIVATION_SPELLINGS:
-        return Kind.ACTIVATION
-    if target in PRODUCTS:
-        return _product_kind(node)
-    if target is getattr:
-        return Kind.SIZE if node.args[1] in ("shape", "ndim", "device", "dtype") else Kind.UNKNOWN
+    if _is_container(target):
+        return Kind.OUTPUT if all(kind_of(user) is Kind.OUTPUT for user in node.users) else Kind.UNKNOWN
+    if target in _BY_ARGUMENTS:
+        return _BY_ARGUMENTS[target](node)
     if target in MAYBE_SIZES and not is_tensor(node):
         return Kind.SIZE
-    if target is operator.getitem:
+    if target in ACTIVATION_SPELLINGS:
+        return Kind.ACTIVATION
+    kind = (FUNCTION_KINDS if node.op == "call_function" else METHOD_KINDS).get(target, Kind.UNKNOWN)
+    return Kind.SHAPE if kind is Kind.MAXPOOL and _selects(node) else kind
+
+
+def _selects(pool: fx.Node) -> bool:
+    """Whether each window of a max-pool holds one value, as in feature pyramids: it then only leaves values out."""
+    module = module_of(pool)
+    if pool.target in ADAPTIVE_MAXPOOL_FUNCTIONS:
+        return False
+    size = getattr(module, "kernel_size", None) if module is not None else argument(pool, 1, "kernel_size")
+    indices = getattr(module, "return_indices", False) or argument(pool, 6, "return_indices", False)
+    return not indices and (size == 1 or (isinstance(size, tuple | list) and all(side == 1 for side in size)))
+
+
+def _is_container(target: Any) -> bool:
+    """Whether ``target`` makes a dict, named tuple or dataclass: what a network returns, not what it computes."""
+    return isinstance(target, type) and (issubclass(target, dict) or hasattr(target, "_fields") or is_dataclass(target))
+
+
+def _kind_of_module(module: nn.Module) -> Kind:
+    found = module_kind(type(module))
+    if hasattr(module, "running_mean") and module.running_mean is None:
+        return Kind.UNKNOWN  # statistics of the batch in eval mode too
+    if (isinstance(module, nn.Upsample) and module.mode.startswith("nearest")) or (
+        found is Kind.AFFINE and getattr(module, "value", None) == 0
+    ):
         return Kind.SHAPE
-    return (FUNCTION_KINDS if node.op == "call_function" else METHOD_KINDS).get(target, Kind.UNKNOWN)
+    return found
+
+
+def _clamp_kind(node: fx.Node) -> Kind:
+    low, high = _bounds(node)
+    numbers = isinstance(low, int | float) and isinstance(high, int | float) and low < high
+    return Kind.ACTIVATION if numbers or (low == 0 and high is None) else Kind.UNKNOWN
+
+
+def _bounds(node: fx.Node) -> tuple[Any, Any]:
+    return argument(node, 1, "min"), argument(node, 2, "max")
 
 
 def _product_kind(node: fx.Node) -> Kind:
-    tensors = [arg for arg in node.all_input_nodes if is_tensor(arg)]
-    if not tensors:
+    if not any(is_tensor(source) for source in node.all_input_nodes):
         return Kind.SIZE
-    signals = [arg for arg in tensors if kind_of(arg) is not Kind.PARAMETER]
-    divided = node.target in QUOTIENTS
-    if len(signals) > 1 or (divided and signals and node.args[0] is not signals[0]):
+    found = signal_operands(node)
+    divisor = node.target in QUOTIENTS and found and argument(node, 0, "input") is not found[0]
+    return Kind.UNKNOWN if len(found) > 1 or divisor or rounds(node) else Kind.AFFINE
+
+
+def rounds(node: fx.Node) -> bool:
+    """Whether ``node`` is a division to whole numbers."""
+    return node.target in (operator.floordiv, torch.floor_divide) or node.kwargs.get("rounding_mode") is not None
+
+
+def _layer_kind(node: fx.Node) -> Kind:
+    """A convolution or linear layer as a function: its weight may be computed, but not from the input."""
+    found = signal_operands(node)
+    if not found:
+        return Kind.AFFINE
+    return Kind.SYNAPSE if found == [argument(node, 0, "input")] else Kind.UNKNOWN
+
+
+def _contraction_kind(node: fx.Node) -> Kind:
+    """A matrix product or einsum of one signal and fixed tensors; einsum of one tensor alone only sums and moves."""
+    found = signal_operands(node)
+    others = [source for source in node.all_input_nodes if source not in found]
+    if len(found) > 1 or (found and any(_needs_input(other) for other in others)):
         return Kind.UNKNOWN
-    return Kind.AFFINE
+    return Kind.SYNAPSE if found and others else Kind.AFFINE
+
+
+def _needs_input(node: fx.Node) -> bool:
+    """Whether the network's input is among a node's ancestors, by its values or by its sizes."""
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current.op == "placeholder":
+            return True
+        if current not in seen:
+            seen.add(current)
+            pending += current.all_input_nodes
+    return False
+
+
+def _pad_kind(node: fx.Node) -> Kind:
+    constant = argument(node, 2, "mode", "constant") == "constant"
+    return Kind.AFFINE if constant and argument(node, 3, "value") not in (None, 0) else Kind.SHAPE
+
+
+def _resampling_kind(node: fx.Node) -> Kind:
+    return Kind.SHAPE if argument(node, 3, "mode", "nearest").startswith("nearest") else Kind.AFFINE
+
+
+def _norm_kind(node: fx.Node) -> Kind:
+    own = argument(node, 5, "training", False) is not False or argument(node, 1, "running_mean") is None
+    return Kind.UNKNOWN if own else Kind.AFFINE
+
+
+def _cast_kind(node: fx.Node) -> Kind:
+    given = [*node.args[1:], *node.kwargs.values()]
+    whole = any(isinstance(value, torch.dtype) and not value.is_floating_point for value in given)
+    named = node.target == "type" and any(isinstance(value, str) for value in given)
+    return Kind.UNKNOWN if whole or named else Kind.SHAPE
+
+
+def _attribute_kind(node: fx.Node) -> Kind:
+    if node.args[1] in SIZE_ATTRIBUTES:
+        return Kind.SIZE
+    return Kind.SHAPE if node.args[1] in MOVING_ATTRIBUTES else Kind.UNKNOWN
+
+
+def _selection_kind(node: fx.Node) -> Kind:
+    if not is_tensor(node):
+        return Kind.SIZE
+    return Kind.SHAPE if len(signal_operands(node)) < 2 else Kind.UNKNOWN
+
+
+_BY_ARGUMENTS: Mapping[Any, Callable[[fx.Node], Kind]] = {
+    **dict.fromkeys(CLAMPS, _clamp_kind),
+    **dict.fromkeys(PRODUCTS, _product_kind),
+    **dict.fromkeys(SYNAPSE_FUNCTIONS, _layer_kind),
+    **dict.fromkeys(CONTRACTIONS, _contraction_kind),
+    **dict.fromkeys((torch.index_select, "index_select", operator.getitem), _selection_kind),
+    **dict.fromkeys(("to", "type"), _cast_kind),
+    F.pad: _pad_kind,
+    F.interpolate: _resampling_kind,
+    F.batch_norm: _norm_kind,
+    getattr: _attribute_kind,
+}
 
 
 def activation_module(node: fx.Node) -> nn.Module:
-    """Return the module that does what an ``ACTIVATION`` node does, never in place."""
+    """Return the module that does what an ``ACTIVATION`` node does, never in place; a ReLU for all that are one."""
     module = module_of(node)
-    if module is not None:
-        if getattr(module, "inplace", False):
-            module = copy.copy(module)
-            module.inplace = False  # type: ignore[assignment]
-        return module
+    if module is None:
+        module = _functional_module(node)
+    if isinstance(module, nn.Threshold) and module.threshold == module.value == 0:
+        return nn.ReLU()
+    if getattr(module, "inplace", False):
+        module = copy.copy(module)
+        module.inplace = False  # type: ignore[assignment]
+    return module
+
+
+def _functional_module(node: fx.Node) -> nn.Module:
     target: Any = node.target
     kind = ACTIVATION_SPELLINGS[target]
     if target in CLAMPS:
-        return kind()
-    options = {name: value for name, value in node.kwargs.items() if name not in ("inplace", "input")}
-    return kind(**options) if len(node.args) == 1 else kind(*node.args[1:], **options)
+        low, high = _bounds(node)
+        return nn.ReLU() if high is None else nn.Hardtanh(low, high)
+    options = {name: value for name, value in node.kwargs.items() if name not in ("inplace", "input", "training")}
+    return kind(*node.args[1:], **options)
 
 
 def is_in_place(node: fx.Node) -> bool:
@@ -266,27 +310,32 @@ def is_in_place(node: fx.Node) -> bool:
     return bool(node.kwargs.get("inplace")) or in_place_operator or (name.endswith("_") and not name.endswith("__"))
 
 
-OUT_OF_PLACE: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    "add_": "add",
-    "sub_": "sub",
-    "mul_": "mul",
-    "div_": "div",
-}
+def is_view(node: fx.Node) -> bool:
+    """Whether the node's result may share memory with its first argument."""
+    module = module_of(node)
+    if module is None:
+        return node.target in VIEWS or (node.target is getattr and node.args[1] in MOVING_ATTRIBUTES)
+    return module_kind(type(module)) is Kind.SHAPE and (
+        isinstance(module, VIEW_MODULES) or not type(module).__module__.startswith("torch.nn")
+    )
 
 
 def label(node: fx.Node) -> str:
-    """Return where a node stands in the user's module tree, for messages: ``layer1.0: torch.nn.GELU``."""
-    if node.op == "call_module":
-        return str(node.target)
-    owner = owner_path(node)
-    return f"{owner + '.' if owner else ''}{node.name}"
+    """Return where a node stands in the user's module tree, for messages: ``layer1.0.relu_1``.
+
+    Before PREPARE that is the path of its own that the audit gave it, under ``PATH`` in its ``meta``.
+    """
+    if PATH in node.meta:
+        return str(node.meta[PATH])
+    return str(node.target) if node.op == "call_module" else joined(owner_path(node), node.name)
 
 
 def owner_path(node: fx.Node) -> str:
     """Return the path of the module whose forward made this node, "" for the network itself."""
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack.values()))[0] if stack else ""
+
+
+def joined(owner: str, name: str) -> str:
+    """Return the path of ``name`` inside ``owner``, which is "" for the network itself."""
+    return f"{owner}.{name}" if owner else name

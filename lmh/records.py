@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .structures import SampleShape
+
 
 @dataclass(frozen=True)
 class Spike:
@@ -44,25 +46,33 @@ class NodeFate:
     fate: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prepared:
     """An ANN in the form that calibration and SPIKE work on; its output equals the source's.
 
     Attributes:
         model: the traced copy, one module for each activation call.
         activations: what the rules say about each, by path, in the order in which they run.
-        sample_shape: shape of one input sample, without batch.
+        sample_shape: shape of one input sample, without batch; of several inputs a shape for each.
         channels: size of axis 1 of each spiking activation, None where channels lie on another axis.
         fates: every node of the source's graph.
         spiking_coverage: share of activation elements that become spikes, 0 to 1.
+        gated: names of the max-pool nodes of ``model`` that are gated where they run in time (:mod:`lmh.gate`).
     """
 
     model: fx.GraphModule
     activations: Mapping[str, Spike | Keep]
-    sample_shape: tuple[int, ...]
+    sample_shape: SampleShape
     channels: Mapping[str, int | None]
     fates: tuple[NodeFate, ...]
     spiking_coverage: float = 1.0
+    gated: frozenset[str] = frozenset()
+
+    def __repr__(self) -> str:
+        return (
+            f"Prepared({type(self.model).__name__}, sample_shape={self.sample_shape}, activations="
+            f"{len(self.activations)}, spiking={len(self.spiking)}, spiking_coverage={self.spiking_coverage:.3g})"
+        )
 
     @property
     def spiking(self) -> list[str]:
@@ -70,7 +80,7 @@ class Prepared:
         return [path for path, decision in self.activations.items() if isinstance(decision, Spike)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibration:
     """Where the neurons of a network start.
 
@@ -90,6 +100,12 @@ class Calibration:
     v_threshold: Mapping[str, Tensor]
     v_init: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"Calibration(policy={self.policy!r}, timesteps={self.timesteps}, samples={self.samples}, "
+            f"sites={len(self.v_threshold)})"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that :meth:`from_json` reads back, exact for float32; ``tensors`` as bytes in base64."""
@@ -149,13 +165,15 @@ class Report:
 
 @dataclass(frozen=True)
 class LayerWork:
-    """Work of one weighted layer for one sample, averaged over the samples seen.
+    """Work of one weighted layer, or of a kept node that multiplies matrices, for one sample.
+
+    Averaged over the samples seen.
 
     Attributes:
         path: of the layer.
-        ann_macs: multiply-accumulates of the ANN.
+        ann_macs: multiply-accumulates of the ANN; over all T frames for a network of event frames.
         accumulates: SynOps of the SNN over T steps: incoming spikes times their fan-out.
-        macs: multiply-accumulates of the SNN over T steps, where the layer's input is not binary.
+        macs: multiply-accumulates of the SNN over T steps, where the layer's input is not binary or the node is analog.
     """
 
     path: str
@@ -175,7 +193,8 @@ class Evaluation:
         agreement: fraction of samples where SNN and ANN give the same class, by t; None without ANN.
         output_error: mean ‖SNN − ANN‖ / mean ‖ANN‖ of the outputs at T; None without ANN.
         firing_rate: mean spikes per neuron and step, by site path.
-        layers: work by weighted layer.
+        layers: work by weighted layer and kept node.
+        uncounted: paths of kept modules with weights whose work could not be counted; the true work is higher.
     """
 
     samples: int
@@ -185,6 +204,7 @@ class Evaluation:
     output_error: float | None
     firing_rate: Mapping[str, float]
     layers: tuple[LayerWork, ...] = field(default=())
+    uncounted: tuple[str, ...] = ()
 
 
 def plain_value(value: Any) -> Any:

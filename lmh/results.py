@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from .energy import ASSUMPTIONS, picojoules
-from .records import Evaluation, LayerWork
-from .spiking import COEFFICIENTS, SpikingSite, sites
+from .energy import ASSUMPTIONS, picojoules, uncounted_text
+from .records import Evaluation
+from .spiking import COEFFICIENTS, PerStep, SpikingSite, sites
 from .time_axis import time_axis
 
 
@@ -45,10 +45,10 @@ def describe_network(
         "training_free": _figures(training_free) if training_free else None,
         "sites": [_site(path, site, rates.get(path)) for path, site in sites(snn).items()],
         "nodes": {fate: list(paths) for fate, paths in nodes.items()},
-        "energy": _energy(evaluation.layers) if evaluation else None,
+        "energy": _energy(evaluation) if evaluation else None,
         "output": output,
         "exports": [],
-        "notices": list(notices),
+        "notices": [*notices, *([uncounted_text(evaluation.uncounted)] if evaluation and evaluation.uncounted else [])],
     }
 
 
@@ -60,10 +60,12 @@ def _figures(evaluation: Evaluation | None) -> dict[str, Any]:
 
 def _site(path: str, site: SpikingSite, rate: float | None) -> dict[str, Any]:
     theta = site.v_threshold.detach()
+    if isinstance(site.neuron.granularity, PerStep):
+        theta = theta.mean(0)  # [T] or [T, C]: the summary is over channels
     return {
         "path": path,
         "neuron": neuron_text(site),
-        "channels": theta.shape[-1] if theta.ndim else 1,
+        "channels": theta.numel(),
         "v_threshold": float(theta.mean()),
         "v_threshold_min": float(theta.min()),
         "v_threshold_max": float(theta.max()),
@@ -82,7 +84,8 @@ def neuron_text(site: SpikingSite) -> str:
     return f"LM-H {' '.join(values)}"
 
 
-def _energy(layers: Sequence[LayerWork]) -> dict[str, Any]:
+def _energy(evaluation: Evaluation) -> dict[str, Any]:
+    layers = evaluation.layers
     snn, ann = picojoules(layers)
     return {
         "snn_pj": snn,
@@ -91,5 +94,6 @@ def _energy(layers: Sequence[LayerWork]) -> dict[str, Any]:
         "synops": sum(layer.accumulates for layer in layers),
         "snn_macs": sum(layer.macs for layer in layers),
         "ann_macs": sum(layer.ann_macs for layer in layers),
+        "uncounted": list(evaluation.uncounted),
         "assumptions": ASSUMPTIONS,
     }

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from .errors import ArgumentError
 from .ops import label
+from .structures import each_shape, leaves_of, tensors_of
 
 BATCHES = (2, 3)
 
@@ -30,7 +32,7 @@ class _Recorder(fx.Interpreter):
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             located = ArgumentError(
-                f"{label(n)}: an input of shape {self._input_shape()} does not fit ({reason}). "
+                f"{label(n)}: an input of shape {self._input_shapes()} does not fit ({reason}). "
                 "Pass example_input (on the command line --input-size C,H,W) of the shape that the model expects."
             )
             located.lmh_located = True  # type: ignore[attr-defined]
@@ -38,26 +40,40 @@ class _Recorder(fx.Interpreter):
         self.values[n] = value
         return value
 
-    def _input_shape(self) -> list[int | str]:
-        first = next(value for node, value in self.values.items() if node.op == "placeholder")
-        return ["N", *first.shape[1:]]
+    def _input_shapes(self) -> str:
+        inputs = [value for node, value in self.values.items() if node.op == "placeholder"]
+        return ", ".join(str(["N", *value.shape[1:]]) for value in inputs)
 
 
-def node_values(model: fx.GraphModule, input_shape: Sequence[int]) -> dict[fx.Node, Any]:
+def node_values(model: fx.GraphModule, input_shape: Sequence[Any]) -> dict[fx.Node, Any]:
     """Return the value of every node as fake tensors (shape, dtype, no data) and plain numbers.
 
     Args:
-        model: a traced network with one input.
-        input_shape: of the whole input, [N, *F] or [T, N, *F].
+        model: a traced network.
+        input_shape: of the whole input, [N, *F] or [T, N, *F]; for several inputs one shape for each.
 
     Raises:
         ArgumentError: if the input does not fit, with the node where it showed.
     """
     recorder = _Recorder(model)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
-        recorder.run(torch.empty(tuple(input_shape), dtype=parameter.dtype, device=parameter.device))
+        recorder.run(
+            *(torch.empty(shape, dtype=parameter.dtype, device=parameter.device) for shape in each_shape(input_shape))
+        )
     return recorder.values
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging a failure, with its traceback, that is raised as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def batch_use(pair: tuple[Any, Any]) -> str:
@@ -67,7 +83,7 @@ def batch_use(pair: tuple[Any, Any]) -> str:
         ``"batched"`` (every tensor has N on axis 0 and nowhere else), ``"free"`` (N nowhere), ``"size"``
         (a number that carries N), or ``"mixed"``.
     """
-    leaves = [pytree.tree_leaves(_plain(value)) for value in pair]
+    leaves = [leaves_of(_plain(value)) for value in pair]
     if len(leaves[0]) != len(leaves[1]):
         return "mixed"
     return _worst([_leaf_use(a, b) for a, b in zip(*leaves, strict=True)])
@@ -94,5 +110,5 @@ def _leaf_use(a: Any, b: Any) -> str:
 
 
 def leading(value: Any) -> set[int]:
-    """Return the sizes of axis 0 of all tensors in ``value``."""
-    return {leaf.shape[0] for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim}
+    """Return the sizes of axis 0 of all tensors in ``value`` that hold anything; attention may give an empty one."""
+    return {leaf.shape[0] for leaf in tensors_of(value) if leaf.ndim and leaf.numel()}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .errors import ArgumentError, StateError
-from .neurons import Coefficients, State, lmh_run
+from .fused import Job, run_neurons
+from .kernels import Kernel, choose
+from .neurons import Coefficients, State
 from .qcfs import positive
 from .surrogates import Surrogate, Triangle
 from .time_axis import TimeAxis, Timed
@@ -98,11 +100,6 @@ def bounded(raw: Tensor, preset: float, low: float, high: float) -> Tensor:
     return preset + torch.where(raw >= 0, up * torch.tanh(raw / up), down * torch.tanh(raw / down))
 
 
-def _aligned(value: Tensor, ndim: int) -> Tensor:
-    """Give a scalar or [C] the shape that broadcasts against [N, C, *F] with ``ndim`` axes."""
-    return value if value.ndim == 0 else value.reshape(-1, *[1] * (ndim - 2))
-
-
 class SpikingSite(Timed):
     """LM-H neurons in the place of one activation.
 
@@ -149,6 +146,7 @@ class SpikingSite(Timed):
         self.v_init = nn.Parameter(start.float())
         for name in COEFFICIENTS:
             self.register_parameter(f"raw_{name}", nn.Parameter(torch.zeros(shape)))
+        self.kernel: Kernel | None = None
         self._carried: tuple[State, int] | None = None
 
     def _granular_shape(self, channels: int | None) -> tuple[int, ...]:
@@ -191,45 +189,45 @@ class SpikingSite(Timed):
         """
         steps = self.time.steps
         dtype = torch.float32 if current.dtype in (torch.float16, torch.bfloat16) else current.dtype
-        per_step = (current,) * steps if self.static else self.unfold(current).unbind(0)
-        state, start = self._start(per_step[0], dtype)
-        values = self._values(dtype, per_step[0].ndim, start, steps)
-        output, state = lmh_run(
-            lambda k: per_step[k].to(dtype),
-            steps,
-            state,
-            lambda k: Coefficients(*(value[k] for value in values)),
-            self.neuron.surrogate,
-        )
-        if self.time.carry:
-            self._carried = State(state.v_dendrite.detach(), state.v_soma.detach()), start + steps
-        return output.to(current.dtype)
+        state, begun = self._start(current, dtype)
+        values = self._values(dtype, begun, steps)
+        tensors = (current, *state, *values)
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        kernel = choose(current, steps=steps, training=training)
+        job = Job(steps, self.neuron.surrogate, self.static, isinstance(self.neuron.granularity, PerStep))
+        ran = run_neurons(job, current, state, values, kernel=kernel, keep=self.time.carry)
+        if not torch.compiler.is_compiling():
+            self.kernel = ran.kernel
+        if ran.state is not None:
+            self._carried = State(*(potential.detach() for potential in ran.state)), begun + steps
+        return ran.output
 
-    def _values(self, dtype: torch.dtype, ndim: int, start: int, steps: int) -> list[list[Tensor]]:
-        """θ, λ and μ for each of the ``steps`` steps from ``start`` on, aligned with the current."""
-        tensors = [self.v_threshold, *(self.coefficient(name) for name in COEFFICIENTS)]
+    def _values(self, dtype: torch.dtype, begun: int, steps: int) -> Coefficients:
+        """θ, λ and μ, each [] or [C], behind an axis of the ``steps`` steps after ``begun`` if per step."""
+        values = Coefficients(self.v_threshold, *(self.coefficient(name) for name in COEFFICIENTS))
         if not isinstance(self.neuron.granularity, PerStep):
-            return [[_aligned(tensor.to(dtype), ndim)] * steps for tensor in tensors]
-        if start + steps > self.time.timesteps:
+            return Coefficients(*(value.to(dtype) for value in values))
+        if begun + steps > self.time.timesteps:
             raise StateError(
-                f"steps {start + 1} to {start + steps} were asked for; the per-step parameters end at "
+                f"steps {begun + 1} to {begun + steps} were asked for; the per-step parameters end at "
                 f"{self.time.timesteps}. Run at most {self.time.timesteps} steps, or convert with more."
             )
-        return [[_aligned(tensor[t].to(dtype), ndim) for t in range(start, start + steps)] for tensor in tensors]
+        return Coefficients(*(value[begun : begun + steps].to(dtype) for value in values))
 
     def _start(self, current: Tensor, dtype: torch.dtype) -> tuple[State, int]:
         """Return the state before the first step of this call and the number of steps already run."""
-        if self._carried is not None:
-            state, start = self._carried
-            if state.v_soma.shape != current.shape:
-                raise StateError(
-                    f"the carried state has shape {list(state.v_soma.shape)} and the current "
-                    f"{list(current.shape)}; expected the same. Open a new carry_state block for each batch."
-                )
-            return state, start
         theta = self.v_threshold[0] if isinstance(self.neuron.granularity, PerStep) else self.v_threshold
-        soma = _aligned((self.v_init * theta).to(dtype), current.ndim).expand(current.shape)
-        return State(torch.zeros_like(current, dtype=dtype), soma), 0
+        start = State(torch.zeros((), dtype=dtype, device=theta.device), (self.v_init * theta).to(dtype))
+        if self._carried is None:
+            return start, 0
+        state, begun = self._carried
+        batch = len(current) if self.static else len(current) // self.time.steps
+        if state.v_soma.shape != (batch, *current.shape[1:]):
+            raise StateError(
+                f"the carried state has shape {list(state.v_soma.shape)} and the current "
+                f"{[batch, *current.shape[1:]]}; expected the same. Open a new carry_state block for each batch."
+            )
+        return state, begun
 
     def drop_state(self) -> None:
         """Forget the carried state."""
@@ -246,8 +244,25 @@ def sites(snn: nn.Module) -> dict[str, SpikingSite]:
 
     A path is the one of the activation that the site replaced; a module called at several places has
     one site for each, ``layer1.0.relu`` and ``layer1.0.relu_1``.
+
+    >>> from lmh.convert import load
+    >>> list(sites(load("zoo:digits-cnn-t4")))
+    ['stem.2', 'block.relu1', 'block.relu2', 'down.2']
     """
     found = {name: module for name, module in snn.named_modules() if isinstance(module, SpikingSite)}
-    graph = getattr(snn, "graph", None)
-    ordered = [] if graph is None else [node.target for node in graph.nodes if node.target in found]
+    ordered = (
+        [node.target for node in snn.graph.nodes if node.target in found] if isinstance(snn, fx.GraphModule) else []
+    )
     return {name: found[name] for name in ordered} or found
+
+
+def kernels_used(snn: nn.Module) -> dict[str, Kernel | None]:
+    """Return what ran the neurons of each site, by path, in its last call; None for a site that was never called.
+
+    >>> from .time_axis import TimeAxis
+    >>> site = SpikingSite(TimeAxis(4), torch.tensor(1.0), torch.tensor(0.5), LMH())
+    >>> _ = site(torch.ones(8, 3, requires_grad=True))
+    >>> kernels_used(site)
+    {'': <Kernel.FUSED: 'fused'>}
+    """
+    return {path: site.kernel for path, site in sites(snn).items()}

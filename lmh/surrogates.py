@@ -39,7 +39,7 @@ class Triangle:
 
     def __call__(self, u: Tensor) -> Tensor:
         """Return ds/du at ``u``."""
-        return (1 - u.abs() / self.gamma).clamp_min(0) / self.gamma
+        return (self.gamma - u.abs()).relu() * self.gamma**-2
 
     def primitive(self, u: Tensor) -> Tensor:
         """Return the integral of the triangle, from 0 to 1."""

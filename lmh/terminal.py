@@ -154,4 +154,6 @@ def _print_energy(console: Console, energy: dict[str, Any] | None) -> None:
         f"{energy['snn_pj'] / 1e6:.3f} µJ; the ANN {energy['ann_macs'] / 1e6:.3f} M MACs, "
         f"{energy['ann_pj'] / 1e6:.3f} µJ: {energy['ratio']:.2f} of the ANN's energy."
     )
+    if energy["uncounted"]:
+        console.print(f"The work of {', '.join(energy['uncounted'])} could not be counted and comes on top.")
     console.print(energy["assumptions"], style="dim")

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, StateError
+from .structures import each_tensor
 
 MAX_TIMESTEPS = 1024
 
@@ -66,13 +68,25 @@ class Timed(nn.Module):
         return x.unflatten(0, (self.time.steps, -1))
 
     def drop_state(self) -> None:
-        """Forget what was kept for the next call; only sites keep anything."""
+        """Forget what was kept for the next call; only sites and gates keep anything."""
 
 
-class FoldEvents(Timed):
+class Border(Timed):
+    """Stands between regions. A tuple, such as ``chunk`` gives, crosses part by part."""
+
+    def forward(self, x: Any) -> Any:
+        """Let a tensor, or every tensor in ``x``, cross."""
+        return each_tensor(self.cross, x)
+
+    def cross(self, x: Tensor) -> Tensor:
+        """Return one tensor as it is on the other side."""
+        raise NotImplementedError
+
+
+class FoldEvents(Border):
     """The entrance of a network that takes frames over time: [T, N, *F] → [T·N, *F]."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def cross(self, x: Tensor) -> Tensor:
         """Fold time into the batch."""
         if x.shape[0] != self.time.steps:
             raise ArgumentError(
@@ -82,10 +96,10 @@ class FoldEvents(Timed):
         return x.flatten(0, 1)
 
 
-class RepeatOverTime(Timed):
+class RepeatOverTime(Border):
     """Where a constant meets a timed tensor: [N, *F] → [T·N, *F]."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def cross(self, x: Tensor) -> Tensor:
         """Repeat ``x`` for every step."""
         return x.repeat(self.time.steps, *[1] * (x.ndim - 1))
 
@@ -99,14 +113,14 @@ def _reduce(time: TimeAxis, x: Tensor) -> Tensor:
     return (unfolded.cumsum(0) / count.reshape(-1, *[1] * (x.ndim))).flatten(0, 1)
 
 
-class EnterTail(Timed):
+class EnterTail(Border):
     """Before the affine nodes behind the last site: the mean over time in eval mode.
 
     An affine node commutes with the mean, so it runs once instead of T times. In train mode, where
     BatchNorm and dropout see single steps, and for per-step outputs the tensor stays [T·N, *F].
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def cross(self, x: Tensor) -> Tensor:
         """Reduce [T·N, *F] to [N, *F], to prefix means [T·N, *F], or pass it on."""
         if self.training or self.time.readout is Readout.PER_STEP:
             return x
@@ -116,29 +130,37 @@ class EnterTail(Timed):
 class RepeatInTail(RepeatOverTime):
     """Where a constant meets the tail: repeated unless the tail runs on the mean."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def cross(self, x: Tensor) -> Tensor:
         """Repeat ``x`` for every step that the tail runs."""
         if self.training or self.time.readout is not Readout.MEAN:
-            return super().forward(x)
+            return super().cross(x)
         return x
 
 
-class LeaveTail(Timed):
+class LeaveTail(Border):
     """Behind the affine tail: the mean over time in train mode, where the tail ran step by step."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def cross(self, x: Tensor) -> Tensor:
         """Reduce what :class:`EnterTail` left unreduced."""
         if self.training and self.time.readout is not Readout.PER_STEP:
             return _reduce(self.time, x)
         return x
 
 
-class LeaveTime(Timed):
+class LeaveTime(Border):
     """The exit of a network: [N, *F] as it is, or [T·N, *F] → [T, N, *F]."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def cross(self, x: Tensor) -> Tensor:
         """Give the result the shape that the caller asked for."""
         return x if self.time.readout is Readout.MEAN else self.unfold(x)
+
+
+class LeaveConstant(Border):
+    """The exit of what no site reaches: [N, *F] as it is, or the same at every step, [T, N, *F]."""
+
+    def cross(self, x: Tensor) -> Tensor:
+        """Repeat ``x``, without a copy, where the caller asked for every step."""
+        return x if self.time.readout is Readout.MEAN else x.expand(self.time.steps, *x.shape)
 
 
 def time_axis(snn: nn.Module) -> TimeAxis:
@@ -147,6 +169,11 @@ def time_axis(snn: nn.Module) -> TimeAxis:
     Raises:
         ArgumentError: if ``snn`` holds no converted network.
     """
+    if not isinstance(snn, nn.Module):
+        advice = "Pass its .snn." if isinstance(getattr(snn, "snn", None), nn.Module) else "Convert an ANN first."
+        raise ArgumentError(
+            f"the network is a {type(snn).__name__}; expected the module that lmh.convert.convert made. {advice}"
+        )
     for module in snn.modules():
         if isinstance(module, Timed):
             return module.time
@@ -167,40 +194,55 @@ def call(time: TimeAxis, readout: Readout, steps: int | None) -> Iterator[None]:
         time.readout, time.steps = before
 
 
-def per_step(snn: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
+def per_step(snn: nn.Module, *inputs: Tensor, steps: int | None = None) -> Any:
     """Run ``snn`` and return its output at every step.
 
     Args:
         snn: a converted network.
-        x: input, [N, *F], or [T, N, *F] for a network converted with ``EventFrames()``.
+        *inputs: as ``snn`` takes them: [N, *F] each, or [T, N, *F] for a network converted with ``EventFrames()``.
         steps: how many steps to run, T unless given. Inside :func:`carry_state` each call runs the next ones.
 
     Returns:
         [steps, N, *out]; its mean over axis 0 is ``snn(x)`` up to rounding, unless the network ends in a softmax.
+        A network that returns a tuple or a dict returns the same with a tensor [steps, N, *out] in each place:
+        one that no neuron reaches is repeated, and what does not depend on the input stays as it is.
 
     Raises:
         ArgumentError: if ``snn`` is not a converted network or ``steps`` is out of range.
+
+    >>> from lmh.convert import load
+    >>> snn, x = load("zoo:digits-cnn-t4"), torch.zeros(2, 1, 8, 8)
+    >>> outputs = per_step(snn, x)
+    >>> outputs.shape, torch.allclose(outputs.mean(0), snn(x), atol=1e-5)
+    (torch.Size([4, 2, 10]), True)
     """
     with call(time_axis(snn), Readout.PER_STEP, steps):
-        return snn(x)
+        return snn(*inputs)
 
 
-def prefixes(snn: nn.Module, x: Tensor, *, steps: int | None = None) -> Tensor:
+def prefixes(snn: nn.Module, *inputs: Tensor, steps: int | None = None) -> Any:
     """Run ``snn`` once and return what it would have answered after every t ≤ T.
 
     Args:
         snn: a converted network.
-        x: input, as for :func:`per_step`.
+        *inputs: as for :func:`per_step`.
         steps: how many steps to run, T unless given.
 
     Returns:
-        [steps, N, *out]; entry t−1 is the answer after t steps, the last one is ``snn(x)``.
+        [steps, N, *out]; entry t−1 is the answer after t steps, the last one is ``snn(x)``. Tuples and dicts as for
+        :func:`per_step`.
 
     Raises:
         ArgumentError: as :func:`per_step`.
+
+    >>> from lmh.convert import load
+    >>> snn, x = load("zoo:digits-cnn-t4"), torch.zeros(2, 1, 8, 8)
+    >>> answers = prefixes(snn, x)
+    >>> answers.shape, torch.allclose(answers[1], per_step(snn, x)[:2].mean(0), atol=1e-5)
+    (torch.Size([4, 2, 10]), True)
     """
     with call(time_axis(snn), Readout.PREFIXES, steps):
-        return snn(x)
+        return snn(*inputs)
 
 
 @contextmanager
@@ -212,6 +254,13 @@ def carry_state(snn: nn.Module) -> Iterator[None]:
 
     Raises:
         StateError: if a block is already open, or a call comes with another batch shape.
+
+    >>> from lmh.convert import load
+    >>> snn, x = load("zoo:digits-cnn-t4"), torch.zeros(2, 1, 8, 8)
+    >>> with carry_state(snn):
+    ...     outputs = torch.cat([per_step(snn, x, steps=1), per_step(snn, x, steps=3)])
+    >>> torch.equal(outputs, per_step(snn, x))
+    True
     """
     time = time_axis(snn)
     if time.carry:

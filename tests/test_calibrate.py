@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import nets
 from lmh import PerLayer
-from lmh.calibrate import BatchNormStatistics, Max, MinError, Percentile, calibrate, policy_text
+from lmh.calibrate import BatchNormStatistics, Max, MinError, Percentile, automatic, calibrate, policy_text
 from lmh.calibrate.histogram import BINS, Histogram
 from lmh.calibrate.statistics import Moments, largest_of, predicted_histograms, rectified
 from lmh.convert import prepare
@@ -103,6 +103,14 @@ class TestPolicies:
         histogram = histogram_of(torch.randn(20000, 1))
         for policy in (MinError, BatchNormStatistics):
             assert torch.equal(policy(0.5, 2.0).threshold(histogram, 16), policy().threshold(histogram, 10))
+
+    def test_the_automatic_policy_is_minerror_with_t_levels_up_to_5(self) -> None:
+        histogram = histogram_of(torch.randn(20000, 1))
+        chosen = automatic(True)
+        assert chosen == MinError(levels_per_step=0.5, base_levels=2.0)
+        assert automatic(False) == BatchNormStatistics(levels_per_step=0.5, base_levels=2.0)
+        for timesteps, levels in {1: 1, 4: 4, 5: 5, 6: 5, 8: 6, 16: 10}.items():
+            assert torch.equal(chosen.threshold(histogram, timesteps), MinError().threshold(histogram, levels))
 
     @pytest.mark.parametrize("levels", [0.0, -1.0, float("nan"), float("inf")])
     def test_levels_out_of_range_are_refused(self, levels: float) -> None:

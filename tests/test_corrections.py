@@ -26,7 +26,7 @@ from lmh.calibrate import (
 )
 from lmh.calibrate.lockstep import Lockstep, input_batches
 from lmh.calibrate.simulation import alone, mean_output
-from lmh.convert import Conversion, EventFrames, assemble, convert, load, save
+from lmh.convert import Conversion, EventFrames, Gated, assemble, convert, load, save
 from lmh.errors import ArgumentError, CalibrationError
 from lmh.records import Calibration
 from lmh.spiking import SpikingSite
@@ -371,6 +371,7 @@ def qcfs_net() -> nn.Module:
 CASES = {
     "residual": (nets.Residual, (2, 8, 8), {}),
     "max-pool": (nets.conv_net, (2, 8, 8), {}),
+    "gated max-pool": (nets.conv_net, (2, 8, 8), {"maxpool": Gated()}),
     "groups, axes, ReLU6": (Grouped, (2, 8, 8), {}),
     "qcfs": (qcfs_net, (4,), {}),
     "reused": (nets.Reused, (4,), {}),
@@ -416,6 +417,29 @@ class TestCorrect:
             errors = [float((snn(frames) - target).norm()) for snn in (conversion.snn, done.snn)]
         assert errors[1] < 0.5 * errors[0]
         assert calibration.samples == 16
+
+    def test_several_inputs_and_outputs(self) -> None:
+        class Two(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b, self.out = nn.Linear(4, 12), nn.Linear(3, 12), nn.Linear(12, 2)
+
+            def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+                hidden = F.relu(self.b(y) + F.relu(self.a(x)))
+                return {"out": self.out(hidden), "hidden": hidden}
+
+        x, y = torch.rand(64, 4), torch.rand(64, 3)
+        conversion = convert(Two(), 2, data=[(x, y)])
+        data = [(x[:40], y[:40], torch.zeros(40)), (x[40:], y[40:], torch.zeros(24))]
+        calibration = correct(conversion.snn, conversion.prepared, data, EVERYTHING)
+        done = assemble(conversion.prepared, calibration, conversion.recipe)
+        with torch.no_grad():
+            wanted = conversion.prepared.model(x, y)["out"]
+            before, after = (float((snn(x, y)["out"] - wanted).norm()) for snn in (conversion.snn, done.snn))
+        assert calibration.samples == 64
+        assert after < 0.9 * before
+        with pytest.raises(ArgumentError, match=r"correct: data: a batch .*as the network takes 2 inputs"):
+            correct(conversion.snn, conversion.prepared, [(x,)], EVERYTHING)
 
     def test_later_corrections_see_earlier_ones(self, deep: Conversion) -> None:
         x = torch.rand(24, 2, 8, 8)
@@ -500,6 +524,13 @@ class TestRefusals:
         for bad in ("bias", [MinError()], []):
             with pytest.raises(ArgumentError, match=r"Pass \[WeightRegression\(\), SpikingMinError\(\)\]"):
                 correct(deep.snn, deep.prepared, torch.rand(2, 2, 8, 8), bad)  # type: ignore[arg-type]
+
+    def test_a_conversion_in_the_place_of_its_parts(self, deep: Conversion) -> None:
+        x = torch.rand(2, 2, 8, 8)
+        with pytest.raises(ArgumentError, match=r"correct: snn is a Conversion; .* Pass conversion\.snn"):
+            correct(deep, deep.prepared, x, BiasCorrection())  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match=r"correct: prepared is a Deep; .* Pass conversion\.prepared"):
+            correct(deep.snn, Deep(), x, BiasCorrection())  # type: ignore[arg-type]
 
     def test_a_calibration_of_another_network(self, deep: Conversion) -> None:
         x = torch.rand(24, 2, 8, 8)

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor, nn
 
 import nets
-from lmh import LMH, PerChannel, PerLayer, PerStep, carry_state, per_step, prefixes, sites
+from lmh import (
+    LMH,
+    Kernel,
+    PerChannel,
+    PerLayer,
+    PerStep,
+    carry_state,
+    kernels_used,
+    per_step,
+    prefixes,
+    sites,
+    use_kernel,
+)
 from lmh.convert import EventFrames, assemble, convert, prepare
 from lmh.convert.pipeline import Recipe
 from lmh.finetune.losses import TET, CrossEntropy, Distillation, combined
@@ -26,10 +38,11 @@ def calibration(ann: nn.Module) -> Calibration:
     return Calibration("by hand", 4, 0, theta, {path: torch.full_like(value, 0.5) for path, value in theta.items()})
 
 
+@pytest.mark.parametrize("kernel", [Kernel.EAGER, Kernel.FUSED], ids=lambda kernel: kernel.value)
 @pytest.mark.parametrize("granularity", [PerLayer(), PerChannel(), PerStep()])
 @pytest.mark.parametrize("net", [nets.conv_net, nets.Residual])
 def test_rewrite_forward_backward_and_step_on_meta(
-    net: type[nn.Module], granularity: PerLayer | PerChannel | PerStep
+    net: type[nn.Module], granularity: PerLayer | PerChannel | PerStep, kernel: Kernel
 ) -> None:
     ann = net()
     found = calibration(ann)
@@ -40,7 +53,9 @@ def test_rewrite_forward_backward_and_step_on_meta(
     optimizer = torch.optim.SGD(snn.parameters(), lr=0.1, momentum=0.9)
     labels = torch.empty(3, dtype=torch.long, device="meta")
     for loss in (CrossEntropy(), TET()):
-        outputs = per_step(snn.train(), x) if loss.per_step else snn.train()(x)
+        with use_kernel(kernel):
+            outputs = per_step(snn.train(), x) if loss.per_step else snn.train()(x)
+        assert set(kernels_used(snn).values()) == {kernel}
         combined(loss, Distillation(), outputs, labels, outputs.mean(0) if loss.per_step else outputs).backward()
         nn.utils.clip_grad_norm_(snn.parameters(), 1.0)
         optimizer.step()
@@ -78,6 +93,23 @@ def test_cuda_gives_the_gradients_of_the_cpu() -> None:
 
     for a, b in zip(gradients(cpu, x), gradients(cuda, x.cuda()), strict=True):
         assert torch.allclose(a, b, atol=1e-8)
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_cuda_compiled_gives_the_spikes_and_gradients_of_the_cpu() -> None:
+    ann, x = nets.Residual(), torch.rand(8, 2, 8, 8, dtype=torch.float64)
+    cpu = convert(ann, 4, data=x.float()).snn.double().train()
+    cuda = copy.deepcopy(cpu).cuda()
+    with use_kernel(Kernel.COMPILED):
+        output = cuda(x.cuda())
+    expected = cpu(x)
+    assert set(kernels_used(cuda).values()) == {Kernel.COMPILED}
+    assert torch.allclose(output.cpu(), expected, atol=1e-9)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    for a, b in zip(cpu.parameters(), cuda.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad.cpu(), atol=1e-8)
 
 
 @needs_cuda

@@ -9,10 +9,11 @@ from torch import Tensor, fx, nn
 import nets
 from lmh import evaluate, sites
 from lmh.calibrate import Max
-from lmh.convert import EventFrames, convert
+from lmh.convert import DirectCoding, EventFrames, ReluSurgery, convert, keep
 from lmh.energy import binary_nodes, fan_out, picojoules
 from lmh.errors import DataError
 from lmh.records import Calibration
+from lmh.results import describe_network
 
 
 def by_hand(ann: nn.Module, timesteps: int, x: Tensor, **thetas: float) -> nn.Module:
@@ -135,7 +136,7 @@ def test_event_frames_are_measured_per_sample() -> None:
     assert result.samples == 6
     assert result.agreement is not None
     work = {layer.path: layer for layer in result.layers}
-    assert work["stem"].macs == 4 * work["stem"].ann_macs
+    assert work["stem"].macs == work["stem"].ann_macs == 4 * 4 * 8 * 8 * 2 * 9
 
 
 def test_modes_are_restored(digits_ann: nn.Module) -> None:
@@ -158,3 +159,107 @@ def test_data_that_does_not_fit_is_refused(digits_ann: nn.Module, batches: list[
     snn = convert(digits_ann, 2, data=torch.rand(4, 1, 8, 8)).snn
     with pytest.raises(DataError, match=message):
         evaluate(snn, batches)
+
+
+def test_the_ann_of_event_frames_works_on_every_frame() -> None:
+    ann = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        ann[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]))
+        ann[2].weight.fill_(0.0)
+        ann[2].bias.fill_(-1.0)
+    frames = torch.tensor([[1.0, 0.5], [0.0, 1.0], [1.0, 0.0]])[:, None]
+    half = {path: torch.tensor(0.5) for path in ("1", "3")}
+    theta = {path: torch.tensor(1.0) for path in half}
+    calibration = Calibration("by hand", 3, 0, theta, half)
+    snn = convert(ann, 3, example_input=frames, encoding=EventFrames(), calibration=calibration).snn
+    result = evaluate(snn, [frames, frames.repeat(1, 2, 1)])
+    assert result.samples == 3
+    # Membranes from 0.5 with the currents (1, 0, 1), (0.5, 1, 0), (−1, 0, −1): 2, 2 and 0 spikes of 9 chances.
+    assert result.firing_rate == {"1": 4 / 9, "3": 0.0}
+    work = {layer.path: (layer.ann_macs, layer.macs, layer.accumulates) for layer in result.layers}
+    assert work == {"0": (3 * 6, 3 * 6, 0), "2": (3 * 12, 0, 4 * 4), "4": (3 * 8, 8, 0)}
+    assert picojoules(result.layers) == pytest.approx((0.9 * 16 + 4.6 * 26, 4.6 * 78))
+
+
+class Attends(nn.Module):
+    """Tokens [N, 5, 4] through a ReLU, attention, a product of two signals and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.attention = nn.Linear(4, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        z, _ = self.attention(y, y, y)
+        return self.head(torch.matmul(z, y.transpose(1, 2)).mean(1))
+
+
+def test_kept_attention_and_products_count_their_multiplications() -> None:
+    x = torch.rand(6, 5, 4)
+    conversion = convert(Attends(), 4, data=x, surgery=ReluSurgery())
+    result = evaluate(conversion.snn, [x[:4], x[4:]])
+    work = {layer.path: layer for layer in result.layers}
+    inside = 5 * 8 * 24 + 2 * (2 * 5 * 5 * 4) + 5 * 8 * 8  # projections; QKᵀ and its product with V in two heads; out
+    assert (work["attention"].ann_macs, work["attention"].macs) == (inside, 4 * inside)
+    assert (work["matmul"].ann_macs, work["matmul"].macs) == (5 * 5 * 8, 4 * 5 * 5 * 8)
+    assert all(work[path].accumulates == 0 for path in ("attention", "matmul"))
+    assert result.uncounted == ()
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert not conversion.snn.get_submodule("attention")._forward_hooks
+
+
+class Leaf(nn.Module):
+    """A user's layer: convolution, linear, scaled dot product and an activation of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc, self.unused = nn.Conv1d(2, 2, 3, padding=1, groups=2), nn.Linear(4, 4), nn.Linear(9, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(self.conv(x)).tanh()
+        return torch.nn.functional.scaled_dot_product_attention(y, y, y)
+
+
+def test_a_users_kept_leaf_counts_what_is_inside() -> None:
+    ann = nn.Sequential(nn.Conv1d(1, 2, 1), nn.ReLU(), Leaf(), nn.Flatten(), nn.Linear(8, 3))
+    x = torch.rand(6, 1, 4)
+    for encoding, data, frames in ((DirectCoding(), x, 1), (EventFrames(), x.repeat(3, 1, 1, 1), 3)):
+        snn = convert(ann, 3, data=data, rules={Leaf: keep}, encoding=encoding, calibration=Max()).snn
+        result = evaluate(snn, [data])
+        work = {layer.path: layer for layer in result.layers}
+        inside = 2 * 4 * 3 + 2 * 4 * 4 + 2 * (2 * 2 * 4)
+        assert (work["2"].ann_macs, work["2"].macs) == (frames * inside, 3 * inside)
+        assert result.uncounted == ()
+
+
+class Recurrent(nn.Module):
+    """Counts its linear layer and not its LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.lstm = nn.Linear(4, 4), nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(self.fc(x)[:, None])[0][:, 0]
+
+
+def test_a_kept_module_that_cannot_be_counted_is_named() -> None:
+    ann = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Recurrent(), nn.Linear(4, 3))
+    x = torch.rand(6, 4)
+    snn = convert(ann, 3, data=x, rules={Recurrent: keep}).snn
+    result = evaluate(snn, [x, x])
+    assert result.uncounted == ("2",)
+    assert [layer.path for layer in result.layers] == ["0", "3"]
+    told = describe_network(snn, source="x", calibration="y", nodes={}, evaluation=result, notices=["first"])
+    assert told["notices"] == ["first", "The work of 2 could not be counted, so the energy of the ANN and of the "
+                               "spiking network is higher than given."]  # fmt: skip
+    assert told["energy"]["uncounted"] == ["2"]
+
+
+def test_kept_layers_without_products_are_no_news() -> None:
+    ann = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LayerNorm((4,)), nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 3))
+    x = torch.rand(6, 4)
+    result = evaluate(convert(ann, 3, data=x, surgery=ReluSurgery((nn.GELU,))).snn, [x])
+    assert result.uncounted == ()
+    assert [layer.path for layer in result.layers] == ["0", "3", "5"]

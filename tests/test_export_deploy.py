@@ -153,7 +153,6 @@ class Branching(nn.Module):
         self.shared, self.first, self.second = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False)
         self.transposed, self.behind_transposed = nn.ConvTranspose2d(4, 6, 2, stride=2), nn.BatchNorm2d(6)
         self.grouped, self.behind_grouped = nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2), nn.BatchNorm2d(4)
-        self.batch_wise, self.without = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)
         self.tokens, self.behind_tokens = nn.Linear(4, 4), nn.BatchNorm1d(4)
         self.flat, self.behind_flat = nn.Linear(16, 6), nn.BatchNorm1d(6)
 
@@ -163,12 +162,11 @@ class Branching(nn.Module):
         y = F.relu(self.first(self.shared(y))) + F.relu(self.second(self.shared(y + 1)))
         y = F.relu(self.behind_transposed(self.transposed(y)))
         y = F.relu(self.behind_grouped(self.grouped(y)))
-        y = F.relu(self.without(self.batch_wise(y)))
         y = F.relu(self.behind_tokens(self.tokens(F.adaptive_avg_pool2d(y, 2).flatten(2))))
         return self.behind_flat(self.flat(y.flatten(1)))
 
 
-STAYING = ["behind_read_twice", "behind_grouped", "without", "behind_tokens"]
+STAYING = ["behind_read_twice", "behind_grouped", "behind_tokens"]
 
 
 def branching() -> Conversion:

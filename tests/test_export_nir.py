@@ -30,7 +30,8 @@ from lmh.convert.export.nir_neurons import (
     PER_STEP,
 )
 from lmh.errors import ArgumentError, ArtifactError
-from lmh.ops import Kind, kind_of
+from lmh.op_table import Kind
+from lmh.ops import kind_of
 from lmh.spiking import SpikingSite
 from lmh.time_axis import Timed
 from lmh.zoo import Batches

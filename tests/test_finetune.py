@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import nets
 from lmh import zoo
-from lmh.convert import convert
+from lmh.calibrate import Max
+from lmh.convert import EventFrames, convert
 from lmh.errors import ArgumentError, TrainingError
 from lmh.finetune import TET, CrossEntropy, Distillation, Schedule, finetune, fit
 from lmh.finetune.losses import combined
-from lmh.finetune.trainer import accuracy, neuron_parameters
+from lmh.finetune.trainer import _as_teacher, _run, accuracy, neuron_parameters
 from lmh.zoo import Batches, CropFlip, DataSet
 
 
@@ -181,7 +185,122 @@ class TestLosses:
         mixed = combined(CrossEntropy(), Distillation(0.3), outputs, labels, teacher)
         assert torch.allclose(mixed, 0.7 * hard + 0.3 * soft)
 
-    @pytest.mark.parametrize("make", [lambda: TET(weight=2.0), lambda: Distillation(temperature=0.0)])
+    @pytest.mark.parametrize(
+        "make", [lambda: TET(weight=2.0), lambda: Distillation(temperature=0.0), lambda: CrossEntropy(2.0)]
+    )
     def test_values_out_of_range_are_refused(self, make: object) -> None:
         with pytest.raises(ArgumentError, match="expected"):
             make()  # type: ignore[operator]
+
+
+class Recorded(nn.Module):
+    """A teacher that notes its modes; a dropout and a frozen BatchNorm make them matter."""
+
+    def __init__(self, ann: nn.Module) -> None:
+        super().__init__()
+        self.ann, self.dropout, self.modes = ann, nn.Dropout(0.5), set[bool]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes |= {module.training for module in self.modules()}
+        return self.dropout(self.ann(x))
+
+
+class TestWhatTheCallerHolds:
+    def test_the_teacher_has_its_modes_again(self, start: nn.Module, digits_ann: nn.Module, train: Batches) -> None:
+        teacher = Recorded(digits_ann.train())
+        teacher.ann.get_submodule("stem").eval()
+        before = [module.training for module in teacher.modules()]
+        finetune(start, train, epochs=1, teacher=teacher)
+        assert teacher.modes == {False}
+        assert [module.training for module in teacher.modules()] == before
+        assert True in before
+        assert False in before
+
+    def test_also_after_an_error(self, start: nn.Module, digits_ann: nn.Module, train: Batches) -> None:
+        def stop(_epoch: int, _index: int, _loss: float) -> None:
+            raise KeyboardInterrupt
+
+        torch.manual_seed(7)
+        state = torch.get_rng_state()
+        with pytest.raises(KeyboardInterrupt):
+            finetune(start, train, epochs=1, teacher=digits_ann.train(), on_batch=stop)
+        assert digits_ann.training
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_the_teacher_is_on_its_device_again(self, start: nn.Module, digits_ann: nn.Module) -> None:
+        moves: list[str] = []
+
+        class Moves(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.ann = digits_ann
+
+            def to(self, device: torch.device) -> Moves:  # type: ignore[override]
+                moves.append(str(device))
+                return self
+
+        with _as_teacher(Moves(), torch.device("meta")):
+            assert moves == ["meta"]
+        assert moves == ["meta", "cpu"]
+
+    def test_the_random_state_is_the_callers(self, start: nn.Module, train: Batches, tmp_path: Path) -> None:
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            state = torch.get_rng_state()
+            finetune(copy.deepcopy(start), train, epochs=1, checkpoint=tmp_path / "run")
+            assert torch.equal(torch.get_rng_state(), state)
+
+    def test_the_schedules_seed_alone_decides(self) -> None:
+        """Dropout and a shuffling loader draw from the run's own random state, whatever the caller's is."""
+        data = TensorDataset(torch.rand(32, 2, 8, 8), torch.randint(3, (32,)))
+        snn = convert(nets.conv_net(), 2, data=data.tensors[0]).snn
+        runs = []
+        for caller, seed in ((1, 0), (2, 0), (1, 5)):
+            torch.manual_seed(caller)
+            model = copy.deepcopy(snn)
+            loader = DataLoader(data, batch_size=8, shuffle=True)
+            finetune(model, loader, schedule=Schedule(epochs=1, seed=seed))
+            runs.append(model)
+        assert same(runs[0], runs[1])
+        assert not same(runs[0], runs[2])
+
+    def test_it_gives_what_a_reseeded_caller_got(self, start: nn.Module, train: Batches) -> None:
+        """The same bits as the loop in the open, which seeds the caller's own state."""
+        ours, open_loop = copy.deepcopy(start), copy.deepcopy(start)
+        schedule = Schedule(epochs=2, seed=4)
+        history = finetune(ours, train, schedule=schedule)
+        assert _run(open_loop, train, None, schedule, None, None, None, None) == history
+        assert same(ours, open_loop)
+
+
+def test_event_frames_are_scored_per_sample() -> None:
+    frames, labels = torch.rand(3, 20, 4), torch.randint(3, (20,))
+    snn = convert(nets.two_layers(), 3, data=frames, encoding=EventFrames(), calibration=Max()).snn
+    expected = float((snn(frames).argmax(1) == labels).double().mean())
+    assert accuracy(snn, [(frames, labels)]) == expected
+    history = finetune(snn, [(frames, labels)], [(frames, labels)], epochs=2)
+    assert history[-1].val_accuracy == accuracy(snn, [(frames, labels)])
+
+
+def test_which_outputs_a_loss_reads_belongs_to_its_type() -> None:
+    assert (CrossEntropy.per_step, TET.per_step) == (False, True)
+    for kind in (CrossEntropy, TET):
+        with pytest.raises(TypeError, match="per_step"):
+            kind(per_step=True)  # type: ignore[call-arg]
+        assert "per_step" not in {item.name for item in fields(kind)}
+
+
+def test_a_loss_of_the_users_own_trains(start: nn.Module, train: Batches) -> None:
+    class LastStep:
+        per_step: ClassVar[bool] = True
+
+        def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
+            assert outputs.shape[0] == 2
+            return F.cross_entropy(outputs[-1], labels)
+
+    assert finetune(start, train, schedule=Schedule(epochs=1, loss=LastStep()))[0].loss > 0
+
+
+def test_a_network_without_parameters_is_refused(train: Batches) -> None:
+    with pytest.raises(ArgumentError, match="ReLU has no parameters; expected some to train"):
+        fit(nn.ReLU(), train, None, Schedule(epochs=1))

@@ -36,6 +36,19 @@ class Block(nn.Module):
         return self.fc(F.relu(out + self.down(x)).mean((2, 3)))
 
 
+class Two(nn.Module):
+    """Two inputs, one of which a parameter is added to, and two outputs. [N, 4], [N, 3] → [N, 2], [N, 6]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(6, 2)
+        self.offset = nn.Parameter(torch.rand(1, 6))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = F.relu(self.b(y) + F.relu(self.a(x) + self.offset))
+        return self.out(hidden), hidden
+
+
 def head(lockstep: Lockstep) -> tuple[Tensor, Tensor]:
     """Run both networks and return the mean over time of what their last layer gives, SNN and ANN."""
     last = layers(lockstep)[-1].home
@@ -66,6 +79,23 @@ def test_event_frames_are_compared_by_their_means() -> None:
     with torch.no_grad():
         assert torch.allclose(received, per_step(conversion.snn, frames).mean(0), atol=1e-5)
         assert torch.allclose(expected, ann(frames.flatten(0, 1)).unflatten(0, (4, 5)).mean(0), atol=1e-5)
+
+
+def test_several_inputs_and_outputs_and_a_parameter_on_the_way() -> None:
+    ann, x, y = Two().eval(), torch.rand(9, 4), torch.rand(9, 3)
+    conversion = convert(ann, 3, data=[(x, y)])
+    data = [(x[:4], y[:4]), (x[4:], y[4:])]
+    lockstep = Lockstep(conversion.prepared, conversion.snn, input_batches(conversion.snn, data))
+    first = next(layer for layer in layers(lockstep) if layer.home.target == "a")
+    seen = []
+    with torch.no_grad():
+        for node in lockstep.nodes():
+            if node is first.site:
+                seen = [lockstep.received(other)[0] for other in first.others]
+            if node.target == "out":
+                expected = torch.cat(lockstep.expected(node))
+        assert torch.allclose(expected, ann(x, y)[0], atol=1e-6)
+    assert torch.equal(seen[0], ann.offset)
 
 
 def test_a_changed_layer_runs_changed_and_later_layers_see_it() -> None:
@@ -101,11 +131,33 @@ def test_another_networks_snn_is_refused() -> None:
 
 
 class TestInputs:
-    def test_labels_and_empty_batches_are_dropped(self) -> None:
+    def test_labels_are_dropped(self) -> None:
         snn = convert(nets.two_layers(), 2, data=torch.rand(8, 4)).snn
-        batches = input_batches(snn, [(torch.rand(3, 4), torch.zeros(3)), torch.rand(0, 4), torch.rand(2, 4)])
+        batches = input_batches(snn, [(torch.rand(3, 4), torch.zeros(3)), torch.rand(2, 4)])
         assert [len(inputs[0]) for inputs in batches] == [3, 2]
         assert all(len(inputs) == 1 for inputs in batches)
+
+    @pytest.mark.parametrize(
+        ("data", "advice"),
+        [
+            ("digits", "lmh.zoo.Batches"),
+            ([torch.zeros(2, 4, dtype=torch.uint8)], "Normalise the images first"),
+            ([{"image": torch.rand(2, 4)}], "b\\[key\\] for b in data"),
+            ([torch.rand(0, 4)], "Pass whole batches"),
+        ],
+        ids=["name", "integers", "dict", "empty"],
+    )
+    def test_data_of_another_form_is_refused_with_advice(self, data: object, advice: str) -> None:
+        snn = convert(nets.two_layers(), 2, data=torch.rand(8, 4)).snn
+        with pytest.raises(ArgumentError, match=f"^data.*{advice}"):
+            input_batches(snn, data)  # type: ignore[arg-type]
+
+    def test_several_inputs_come_first_in_a_batch(self) -> None:
+        x, y = torch.rand(8, 4), torch.rand(8, 3)
+        snn = convert(Two(), 2, data=[(x, y)]).snn
+        ((first, second),) = input_batches(snn, [(x, y, "labels")])
+        assert torch.equal(first, x)
+        assert torch.equal(second, y)
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_values_that_are_not_finite_are_refused(self, bad: float) -> None:

@@ -16,6 +16,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
 from lmh.errors import ArgumentError, StateError
+from lmh.kernels import Kernel, use_kernel
 from lmh.neurons import Coefficients, State, fire, lmh_run, lmh_step
 from lmh.qcfs import QCFS
 from lmh.spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, SpikingSite, bounded
@@ -263,11 +264,15 @@ def test_triangle_is_the_formula_of_the_design(gamma: float) -> None:
 
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=repr)
-def test_site_gradients_equal_those_of_the_smooth_twin(surrogate: Surrogate, granularity: object) -> None:
+@pytest.mark.parametrize("kernel", [Kernel.EAGER, Kernel.FUSED], ids=lambda kernel: kernel.value)
+def test_site_gradients_equal_those_of_the_smooth_twin(
+    kernel: Kernel, surrogate: Surrogate, granularity: object
+) -> None:
     site = _random_site(5, seed=4, granularity=granularity, surrogate=surrogate)
     rng = np.random.default_rng(4)
     current, weight = rng.normal(0.4, 1.0, (5, 6, 3)), rng.normal(size=(5, 6, 3))
-    output = site(torch.from_numpy(current).flatten(0, 1)).unflatten(0, (5, 6))
+    with use_kernel(kernel):
+        output = site(torch.from_numpy(current).flatten(0, 1)).unflatten(0, (5, 6))
     (output * torch.from_numpy(weight)).sum().backward()
     start = _oracle_parameters(site, _raw_values(site))
     base = oracle.simulate(current, **start)

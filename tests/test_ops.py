@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lmh.convert import prepare
-from lmh.ops import Kind, is_in_place, is_tensor, kind_of
+from lmh.op_table import Kind
+from lmh.ops import is_in_place, is_tensor, kind_of
 
 
 def kinds(function: object) -> list[Kind]:
@@ -21,7 +22,9 @@ def kinds(function: object) -> list[Kind]:
         (lambda x: torch.relu(x), Kind.ACTIVATION),
         (lambda x: x.clamp(min=0), Kind.ACTIVATION),
         (lambda x: torch.clamp(x, 0.0), Kind.ACTIVATION),
-        (lambda x: x.clamp(0, 6), Kind.UNKNOWN),
+        (lambda x: x.clamp(0, 6), Kind.ACTIVATION),
+        (lambda x: x.clamp(max=6), Kind.UNKNOWN),
+        (lambda x: x.clamp(1), Kind.UNKNOWN),
         (lambda x: x * 2, Kind.AFFINE),
         (lambda x: x / 2, Kind.AFFINE),
         (lambda x: 2 / x, Kind.UNKNOWN),

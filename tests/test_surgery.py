@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nets
-from lmh import per_step
+from lmh import per_step, sites
 from lmh.convert import ReluSurgery, convert
 from lmh.convert.prepare import examine
 from lmh.errors import AuditError
@@ -73,3 +73,14 @@ def test_the_audit_alone_gives_fates_and_problems() -> None:
     assert {fate.path: fate.fate for fate in fates}["act"] == "refused"
     fates, problems = examine(nets.conv_net(), (2, 8, 8))
     assert problems == []
+
+
+class MySwish(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(x)
+
+
+def test_a_stand_in_of_the_users_own_is_taken_whole() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), MySwish(), nn.Linear(8, 2))
+    conversion = convert(net, 4, data=torch.randn(32, 4), surgery=ReluSurgery((MySwish,)))
+    assert list(sites(conversion.snn)) == ["1"]

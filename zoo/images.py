@@ -135,5 +135,12 @@ class Batches:
 
 
 def seeded_order(split: Split, seed: int) -> Tensor:
-    """Return a permutation of a split's indices; the first N of it are "the first N samples" of this seed."""
+    """Return a permutation of a split's indices; the first N of it are "the first N samples" of this seed.
+
+    >>> from lmh.zoo import load_data
+    >>> test = load_data("digits").test
+    >>> order = seeded_order(test, seed=0)
+    >>> len(order), len(test.images(order[:8]))
+    (360, 8)
+    """
     return torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))

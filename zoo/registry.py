@@ -79,7 +79,11 @@ def list_models() -> list[str]:
 
 
 def list_architectures() -> list[str]:
-    """Return the names of the zoo's own architectures; torchvision's are ``torchvision:NAME``."""
+    """Return the names of the zoo's own architectures; torchvision's are ``torchvision:NAME``.
+
+    >>> "cifar10-resnet20-a" in list_architectures()
+    True
+    """
     return list(CARDS)
 
 
@@ -91,6 +95,11 @@ def card(name: str) -> Card:
 
     Raises:
         ArgumentError: for an unknown name, with the nearest ones.
+
+    >>> card("cifar10-resnet20-a").preprocessing.input_size
+    (3, 32, 32)
+    >>> card("torchvision:resnet18").num_classes
+    1000
     """
     if name in CARDS:
         return CARDS[name]
@@ -107,7 +116,8 @@ def card(name: str) -> Card:
 
 
 def _torchvision_model(name: str, num_classes: int = 1000) -> nn.Module:
-    extra: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    auxiliary = name in ("googlenet", "inception_v3")  # their extra heads serve training only
+    extra: dict[str, Any] = {"init_weights": False, "aux_logits": False} if auxiliary else {}
     return torchvision().models.get_model(name, weights=None, num_classes=num_classes, **extra)
 
 
@@ -138,7 +148,17 @@ def load(name: str) -> nn.Module:
 
 
 def record(name: str) -> dict[str, Any]:
-    """Return how a model's weights came about: recipe, seed, accuracy, as written by its training run."""
+    """Return how a model's weights came about: recipe, seed, accuracy, as written by its training run.
+
+    Args:
+        name: one of :func:`list_models`.
+
+    Raises:
+        ArgumentError: for a model without weights.
+
+    >>> record("digits-cnn")["accuracy"] > 0.99
+    True
+    """
     found = card(name)
     if found.weights is None:
         raise ArgumentError(
@@ -156,6 +176,9 @@ def snn_path(name: str) -> Path:
 
     Raises:
         ArgumentError: for an unknown name.
+
+    >>> snn_path("zoo:digits-cnn-t4").name
+    'digits-cnn-snn-T4.safetensors'
     """
     file = SNNS.get(name.removeprefix("zoo:"))
     if file is None:

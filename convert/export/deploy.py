@@ -12,12 +12,14 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ...errors import ArgumentError
-from ...ops import BATCHNORM_MODULES, SYNAPSE_MODULES, module_of
+from ...op_table import BATCHNORM_MODULES, SYNAPSE_MODULES
+from ...ops import module_of
 from ...shapes import node_values
 from ...spiking import COEFFICIENTS, PerStep, SpikingSite, sites
+from ...structures import SampleShape, Shape, as_sample_shape, batched, each_shape
 from ...time_axis import FoldEvents, Readout, TimeAxis, Timed, call, time_axis
+from ..paths import unique_path
 from ..pipeline import Conversion
-from ..prepare import unique_path
 from ..storage import MANIFEST
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -45,23 +47,23 @@ def takes_events(snn: nn.Module) -> bool:
     return any(isinstance(module, FoldEvents) for module in snn.modules())
 
 
-def sample_shape_of(network: Conversion | fx.GraphModule, input_shape: Sequence[int] | None) -> tuple[int, ...] | None:
+def sample_shape_of(network: Conversion | fx.GraphModule, input_shape: Sequence[Any] | None) -> SampleShape | None:
     """Return the shape of one input sample, without batch and time, or None where nothing tells it."""
     if input_shape is not None:
-        return tuple(input_shape)
+        return as_sample_shape(each_shape(input_shape))
     if isinstance(network, Conversion):
-        return tuple(network.recipe.sample_shape)
+        return network.recipe.sample_shape
     manifest: Mapping[str, Any] = network.meta.get(MANIFEST, {})
-    return tuple(manifest["recipe"]["sample_shape"]) if manifest else None
+    return as_sample_shape(each_shape(manifest["recipe"]["sample_shape"])) if manifest else None
 
 
-def input_shape_of(snn: fx.GraphModule, sample_shape: Sequence[int], batch: int) -> tuple[int, ...]:
-    """Return the shape of a whole input: [N, *F], or [T, N, *F] for event frames."""
-    return (*([time_axis(snn).steps] if takes_events(snn) else []), batch, *sample_shape)
+def input_shapes_of(snn: fx.GraphModule, sample_shape: Sequence[Any], batch: int) -> tuple[Shape, ...]:
+    """Return the shape of each whole input: [N, *F], or [T, N, *F] for event frames."""
+    return batched(sample_shape, *([time_axis(snn).steps] if takes_events(snn) else []), batch)
 
 
-def required_shape(network: Conversion | fx.GraphModule, input_shape: Sequence[int] | None) -> tuple[int, ...]:
-    """Return the shape of one input sample.
+def required_shape(network: Conversion | fx.GraphModule, input_shape: Sequence[Any] | None) -> SampleShape:
+    """Return the shape of one input sample, or of one of each input.
 
     Raises:
         ArgumentError: if nothing tells it, or the network does not take it.
@@ -74,7 +76,7 @@ def required_shape(network: Conversion | fx.GraphModule, input_shape: Sequence[i
             "input_shape= of one sample without batch. Pass input_shape=(3, 224, 224), say."
         )
     with call(time_axis(snn), Readout.MEAN, 1):
-        node_values(snn, input_shape_of(snn, shape, 2))
+        node_values(snn, input_shapes_of(snn, shape, 2))
     return shape
 
 
@@ -89,7 +91,7 @@ def at_rest(snn: fx.GraphModule) -> fx.GraphModule:
     return model
 
 
-def fold_batchnorm(network: Conversion | fx.GraphModule, *, input_shape: Sequence[int] | None = None) -> fx.GraphModule:
+def fold_batchnorm(network: Conversion | fx.GraphModule, *, input_shape: Sequence[Any] | None = None) -> fx.GraphModule:
     """Return a deploy copy of a spiking network with BatchNorm folded into the weights in front of it.
 
     With eval statistics, per output channel c of the convolution or linear layer:
@@ -102,7 +104,8 @@ def fold_batchnorm(network: Conversion | fx.GraphModule, *, input_shape: Sequenc
 
     Args:
         network: from ``convert`` or ``load``; not changed. Fine-tuning needs BatchNorm, so fold last.
-        input_shape: of one sample, without batch; not needed for a Conversion or a loaded network.
+        input_shape: of one sample, without batch (a shape for each of several inputs); not needed for a Conversion or
+            a loaded network.
 
     Returns:
         The copy, on the CPU and in eval mode; its output equals the original's up to rounding.
@@ -126,14 +129,14 @@ def fold_batchnorm(network: Conversion | fx.GraphModule, *, input_shape: Sequenc
     return model
 
 
-def _flat_outputs(model: fx.GraphModule, shape: Sequence[int] | None) -> Callable[[fx.Node], bool]:
+def _flat_outputs(model: fx.GraphModule, shape: Sequence[Any] | None) -> Callable[[fx.Node], bool]:
     """Return a test whether a node gives [N, C]; shapes are computed when first asked for."""
     values: dict[fx.Node, Any] = {}
 
     def flat(node: fx.Node) -> bool:
         if shape is not None and not values:
             with call(time_axis(model), Readout.MEAN, 1):
-                values.update(node_values(model, input_shape_of(model, shape, 2)))
+                values.update(node_values(model, input_shapes_of(model, shape, 2)))
         return node in values and values[node].ndim == 2
 
     return flat
@@ -235,7 +238,7 @@ def _sum(terms: Sequence[Tensor | None]) -> Tensor:
     return functools.reduce(torch.add, [term for term in terms if term is not None])
 
 
-def deployed(network: Conversion | fx.GraphModule, input_shape: Sequence[int] | None = None) -> fx.GraphModule:
+def deployed(network: Conversion | fx.GraphModule, input_shape: Sequence[Any] | None = None) -> fx.GraphModule:
     """Return the copy that the tracing exporters take: BatchNorm folded, coefficients constant."""
     model = fold_batchnorm(network, input_shape=input_shape)
     for path, site in sites(model).items():
@@ -243,8 +246,9 @@ def deployed(network: Conversion | fx.GraphModule, input_shape: Sequence[int] | 
     return model
 
 
-def random_input(snn: fx.GraphModule, sample_shape: Sequence[int], batch: int, seed: int) -> Tensor:
-    """Return a normal random input of the network's dtype, [N, *F] or [T, N, *F]."""
+def random_inputs(snn: fx.GraphModule, sample_shape: Sequence[Any], batch: int, seed: int) -> tuple[Tensor, ...]:
+    """Return normal random inputs of the network's dtype, each [N, *F] or [T, N, *F]."""
     dtype = next((p.dtype for p in snn.parameters() if p.is_floating_point()), torch.float32)
-    shape = input_shape_of(snn, sample_shape, batch)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = input_shapes_of(snn, sample_shape, batch)
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ...ops import BATCHNORM_MODULES, PRODUCTS, QUOTIENTS, Kind, argument, kind_of, label, module_of
+from ...op_table import BATCHNORM_MODULES, CASTS, CONTRACTIONS, PRODUCTS, QUOTIENTS, UPSAMPLE_MODULES, Kind
+from ...ops import argument, kind_of, label, module_of
 from ...shapes import node_values
 from ...spiking import SpikingSite
 from ...time_axis import (
@@ -28,7 +29,7 @@ from ...time_axis import (
     time_axis,
 )
 from ..audit import describe
-from .deploy import input_shape_of
+from .deploy import input_shapes_of
 from .nir_build import Builder, float32
 from .nir_layers import conv_options, normalisation
 from .nir_neurons import Fit, neuron_for
@@ -44,13 +45,14 @@ from .nir_values import (
     selected,
     shifted,
 )
-from .nir_windows import Window, adaptive_matrix, average_window, dividing_window, maximum_window
+from .nir_windows import Window, adaptive_matrix, average_window, dividing_window, maximum_window, unread
 
 MAXPOOL_LOSS = (
     "max-pool of currents: NIR has none; the neurons stand in front of it and the pool passes a spike when one of its "
     "window spikes"
 )
 READOUT_LOSS = "the last step, {}, which runs on the mean over time: apply it to the mean of the output"
+PADS = "pads with other values than zeros, which no NIR node does"
 _BORDERS = (FoldEvents, RepeatOverTime, EnterTail, RepeatInTail, LeaveTail, LeaveTime)
 _ADDS = (operator.add, torch.add, "add", operator.sub, torch.sub, "sub")
 _SUBTRACTS = (operator.sub, torch.sub, "sub")
@@ -101,7 +103,7 @@ class Translation:
         self.problems: list[str] = []
         self.lost: dict[str, tuple[str, ...]] = {}
         with call(time_axis(snn), Readout.MEAN, 1):
-            self._values = node_values(snn, input_shape_of(snn, sample_shape, 1))
+            self._values = node_values(snn, input_shapes_of(snn, sample_shape, 1))
         self.builder.add("input", nir.Input(np.array(sample_shape)), [], sample_shape)
         self._input = output_of("input", sample_shape)
         self._env: dict[fx.Node, Any] = {}
@@ -175,7 +177,7 @@ class Translation:
         if any(step > 1 for step in stride):
             ones, zeros = (1,) * len(stride), (0,) * len(stride)
             shape = (value.channels, *labels.shape[1:])
-            value = self.builder.pooled(value, Window(ones, stride, zeros, _cut(value, labels, stride)), path, shape)
+            value = self.builder.pooled(value, Window(ones, stride, zeros, unread(value, labels, stride)), path, shape)
         return selected(value, index)
 
     def _labels_of(self, found: Any) -> Any:
@@ -207,8 +209,12 @@ class Translation:
             if axis % len(self._values[node].shape) != 1:
                 raise NoNodeError(f"joins along axis {axis}; expected channels, axis 1")
             return joined([self._value(tensor) for tensor in tensors])
-        if node.target is F.pad and (argument(node, 2, "mode", "constant") != "constant" or argument(node, 3, "value")):
-            raise NoNodeError("pads with other values than zeros, which no NIR node does")
+        if node.target in CASTS:
+            return self._env[node.all_input_nodes[0]]
+        if node.target is F.interpolate or isinstance(module_of(node), UPSAMPLE_MODULES):
+            raise NoNodeError("has no NIR node")
+        if node.target is F.pad and argument(node, 2, "mode", "constant") != "constant":
+            raise NoNodeError(PADS)
         sources = [self._env[source] for source in node.all_input_nodes if self._is_signal(self._env[source])]
         signals = [leaf for source in sources for leaf in pytree.tree_leaves(source) if self._is_signal(leaf)]
         if any(isinstance(signal, Maximum) for signal in signals):
@@ -259,14 +265,19 @@ class Translation:
         return self._value(node.all_input_nodes[0])
 
     def _output(self, node: fx.Node) -> None:
-        if not isinstance(node.args[0], fx.Node):
+        if node.op != "output":
+            return  # a dict or a named tuple; what it holds is looked at where it is returned
+        returned = _held(node)
+        if len(returned) != 1:
             raise NoNodeError("is several tensors; expected one")
-        value = self._value(node.args[0])
+        value = self._value(returned[0])
         names = self.builder.settled(value, "output")
         self.builder.add("output", self.nir.Output(np.array(value.shape)), names, value.shape)
 
     def _layer(self, node: fx.Node) -> Value:
         """Translate a convolution or linear layer, module or function."""
+        if node.target in CONTRACTIONS:
+            raise NoNodeError("has no NIR node; NIR's Affine takes a linear layer")
         module: Any = module_of(node)
         linear = isinstance(module, nn.Linear) or node.target is F.linear
         if module is None:
@@ -297,6 +308,8 @@ class Translation:
             return shifted(scaled(value, scale), shift)
         if node.target in _ADDS:
             return self._sum(node)
+        if node.target is F.pad:
+            raise NoNodeError(PADS)
         if node.target in _NEGATES:
             return scaled(self._value(node.args[0]), -1.0)
         if node.target in PRODUCTS:
@@ -328,7 +341,7 @@ class Translation:
 
     def _product(self, node: fx.Node) -> Value:
         left, right = argument(node, 0, "input"), argument(node, 1, "other")
-        if (self._signal(left) and self._signal(right)) or node.kwargs.get("rounding_mode"):
+        if self._signal(left) and self._signal(right):
             raise NoNodeError("is not linear in one signal; NIR multiplies by constants only")
         signal, other = (left, right) if self._signal(left) else (right, left)
         value = self._value(signal)
@@ -371,10 +384,10 @@ def _is_pool(node: fx.Node) -> bool:
     return kind_of(node) is Kind.MAXPOOL
 
 
-def _cut(value: Value, labels: Array, stride: tuple[int, ...]) -> tuple[int, ...]:
-    """How many positions behind the last taken one are not read, as negative padding."""
-    sizes = zip(value.shape[1:], labels.shape[1:], stride, strict=True)
-    return tuple((out - 1) * step + 1 - size for size, out, step in sizes)
+def _held(output: fx.Node) -> list[fx.Node]:
+    """Return the nodes in what a network returns, out of the dicts and tuples that hold them."""
+    sources = output.all_input_nodes
+    return [held for n in sources for held in (_held(n) if kind_of(n) is Kind.OUTPUT else [n])]
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:

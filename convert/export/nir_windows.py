@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ...ops import argument, module_of
-from .nir_values import Array, NoNodeError
+from .nir_values import Array, NoNodeError, Value
 
 _AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, F.avg_pool1d, F.avg_pool2d)
 _MAXIMA = (nn.MaxPool1d, nn.MaxPool2d, F.max_pool1d, F.max_pool2d, torch.max_pool1d, torch.max_pool2d)
@@ -173,3 +173,9 @@ def _outer(counts: Sequence[Array]) -> Array:
     for other in counts[1:]:
         result = result[..., None] * other
     return result
+
+
+def unread(value: Value, labels: Array, stride: tuple[int, ...]) -> tuple[int, ...]:
+    """How many positions behind the last taken one are not read, as negative padding."""
+    sizes = zip(value.shape[1:], labels.shape[1:], stride, strict=True)
+    return tuple((out - 1) * step + 1 - size for size, out, step in sizes)

@@ -14,6 +14,7 @@ from torch import fx
 from ... import __version__
 from ...artifact import user_path, write_atomically
 from ...errors import ArgumentError, ArtifactError
+from ...structures import each_shape
 from ...time_axis import time_axis
 from ..pipeline import Conversion
 from .deploy import fold_batchnorm, required_shape, takes_events
@@ -81,8 +82,8 @@ def export_nir(
 
     Raises:
         ArgumentError: if it is not a spiking network, takes another input, or dt is not above 0.
-        ArtifactError: if nir is not installed, listing every node that NIR has nothing for (in Exact also everything
-            that would be lost), or if the file cannot be written.
+        ArtifactError: if nir is not installed, if the network takes several inputs, listing every node that NIR has
+            nothing for (in Exact also everything that would be lost), or if the file cannot be written.
     """
     mode = mode or Exact()
     path = user_path(file)
@@ -90,9 +91,15 @@ def export_nir(
         raise ArgumentError(f"{type(mode).__name__}: dt is {mode.dt}; expected a time above 0, such as 1.0.")
     nir = _nir(path)
     shape = required_shape(network, input_shape)
+    sample, *more = each_shape(shape)
+    if more:
+        raise ArtifactError(
+            f"{path}: the network takes {1 + len(more)} inputs; expected one, as this export writes no other graphs. "
+            "Export to onnx or pt2."
+        )
     model = fold_batchnorm(network, input_shape=shape)
     fit = Fit(mode.dt, mode.start, mode.residual) if isinstance(mode, Project) else Fit(mode.dt)
-    translation = Translation(nir, model, shape, fit)
+    translation = Translation(nir, model, sample, fit)
     translation.run()
     _refuse(path, mode, translation)
     graph = _graph(nir, translation, time_axis(model).timesteps, mode.dt, takes_events(model))

@@ -17,21 +17,22 @@ from torch import Tensor, fx
 from ...artifact import user_path, write_atomically
 from ...errors import ArtifactError
 from ..pipeline import Conversion
-from .deploy import deployed, random_input, required_shape
+from .deploy import deployed, random_inputs, required_shape
 from .result import Exported
-from .to_pt2 import EXAMPLE_BATCH, batch_axis, beside_the_network, traced
+from .to_pt2 import EXAMPLE_BATCH, batch_axes, beside_the_network, traced
 
 PROTOBUF_LIMIT = 2**31 - 1
 
 
 def export_onnx(
-    network: Conversion | fx.GraphModule, file: str | Path, *, input_shape: Sequence[int] | None = None
+    network: Conversion | fx.GraphModule, file: str | Path, *, input_shape: Sequence[Any] | None = None
 ) -> Exported:
     """Write a spiking network as an ONNX file.
 
     The T steps are unrolled into ordinary operators (a spike is GreaterOrEqual, Cast, Mul), BatchNorm is folded,
     coefficients are constants; nothing is lost but the names of the neurons' parameters. The file takes [N, *F]
-    ([T, N, *F] for event frames) with N free and returns the mean over time, [N, C].
+    ([T, N, *F] for event frames) with N free and returns the mean over time, [N, C]. Several inputs are named as in
+    the network's forward; several outputs come in the order in which the network holds them.
 
     Args:
         network: from ``convert`` or ``load``; not changed.
@@ -65,14 +66,15 @@ def export_onnx(
     return Exported(path, "onnx", len(data), check)
 
 
-def _onnx_bytes(path: Path, model: fx.GraphModule, shape: Sequence[int]) -> bytes:
+def _onnx_bytes(path: Path, model: fx.GraphModule, shape: Sequence[Any]) -> bytes:
     program = traced(model, shape)
-    example = random_input(model, shape, EXAMPLE_BATCH, seed=0)
+    examples = random_inputs(model, shape, EXAMPLE_BATCH, seed=0)
+    inputs = ["input"] if len(examples) == 1 else [node.name for node in model.graph.nodes if node.op == "placeholder"]
     try:
         with _quiet(), torch.no_grad():
             exported: Any = torch.onnx.export(
-                program, (example,), dynamo=True, verbose=False, input_names=["input"], output_names=["output"],
-                dynamic_shapes=(batch_axis(model),),
+                program, examples, dynamo=True, verbose=False, input_names=inputs, output_names=["output"],
+                dynamic_shapes=batch_axes(model, len(examples)),
             )  # fmt: skip
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
@@ -104,9 +106,14 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _session(runtime: Any, data: bytes) -> Callable[[Tensor], Tensor]:
+def _session(runtime: Any, data: bytes) -> Callable[..., list[Tensor]]:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+    names = [given.name for given in session.get_inputs()]
+
+    def answer(*inputs: Tensor) -> list[Tensor]:
+        given = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(output) for output in session.run(None, given)]
+
+    return answer

@@ -5,32 +5,33 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from ...artifact import user_path, write_atomically
 from ...errors import ArtifactError
+from ...structures import tensors_of
 from ..pipeline import Conversion
-from .deploy import at_rest, deployed, network_of, random_input, required_shape, takes_events
+from .deploy import at_rest, deployed, network_of, random_inputs, required_shape, takes_events
 from .result import Comparison, Exported, compare
 
 EXAMPLE_BATCH = 2
 CHECKED_BATCHES = (1, 7)
 
 
-def traced(model: fx.GraphModule, sample_shape: Sequence[int]) -> ExportedProgram:
+def traced(model: fx.GraphModule, sample_shape: Sequence[Any]) -> ExportedProgram:
     """Trace a deploy copy with torch.export; the batch stays free.
 
     Raises:
         ArtifactError: if torch.export cannot trace it, with its reason.
     """
-    example = random_input(model, sample_shape, EXAMPLE_BATCH, seed=0)
+    examples = random_inputs(model, sample_shape, EXAMPLE_BATCH, seed=0)
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (example,), dynamic_shapes=(batch_axis(model),))
+            program = torch.export.export(model, examples, dynamic_shapes=batch_axes(model, len(examples)))
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ArtifactError(
@@ -42,33 +43,35 @@ def traced(model: fx.GraphModule, sample_shape: Sequence[int]) -> ExportedProgra
     return program
 
 
-def batch_axis(model: fx.GraphModule) -> dict[int, Dim]:
-    """Return which axis of the input is free: 0, or 1 for event frames [T, N, *F]."""
-    return {1 if takes_events(model) else 0: Dim("batch")}
+def batch_axes(model: fx.GraphModule, inputs: int) -> tuple[dict[int, Dim], ...]:
+    """Return which axis of each input is free, the same size for all: 0, or 1 for event frames [T, N, *F]."""
+    return ({1 if takes_events(model) else 0: Dim("batch")},) * inputs
 
 
 def beside_the_network(
-    answer: Callable[[Tensor], Tensor], network: Conversion | fx.GraphModule, sample_shape: Sequence[int]
+    answer: Callable[..., Sequence[Tensor]], network: Conversion | fx.GraphModule, sample_shape: Sequence[Any]
 ) -> Comparison:
-    """Compare a file's answers to random inputs with those of the network that was to be exported."""
+    """Compare a file's answers to random inputs, all its outputs, with those of the network that was to be exported."""
     snn = at_rest(network_of(network))
-    got, expected = [], []
+    got: list[Tensor] = []
+    expected: list[Tensor] = []
     for seed, batch in enumerate(CHECKED_BATCHES):
-        x = random_input(snn, sample_shape, batch, seed)
+        inputs = random_inputs(snn, sample_shape, batch, seed)
         with torch.no_grad():
-            got.append(answer(x))
-            expected.append(pytree.tree_leaves(snn(x))[0])
+            for answers, outputs in ((got, answer(*inputs)), (expected, tensors_of(snn(*inputs)))):
+                answers.append(torch.cat([output.flatten(1) for output in outputs if output.shape[:1] == (batch,)], 1))
     return compare(got, expected)
 
 
 def export_pt2(
-    network: Conversion | fx.GraphModule, file: str | Path, *, input_shape: Sequence[int] | None = None
+    network: Conversion | fx.GraphModule, file: str | Path, *, input_shape: Sequence[Any] | None = None
 ) -> Exported:
     """Write a spiking network as a ``.pt2`` file of torch.export.
 
     Time is unrolled over T steps, the batch size is free, BatchNorm is folded, coefficients are constants; nothing is
     lost but the names of the neurons' parameters. ``torch.export.load(file).module()`` takes [N, *F] ([T, N, *F] for
-    event frames) and returns the mean over time, [N, C]. Loading needs torch and nothing of this package.
+    event frames) and returns the mean over time, [N, C], or the tuple or dict of them that the network returns.
+    Loading needs torch and nothing of this package.
 
     Args:
         network: from ``convert`` or ``load``; not changed.
@@ -88,7 +91,7 @@ def export_pt2(
     buffer = io.BytesIO()
     torch.export.save(traced(model, shape), buffer)
     loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
-    comparison = beside_the_network(lambda x: pytree.tree_leaves(loaded(x))[0], network, shape)
+    comparison = beside_the_network(lambda *inputs: tensors_of(loaded(*inputs)), network, shape)
     if not comparison.agrees:
         raise ArtifactError(f"{path}: not written, as it answers differently. {comparison.text('torch.export')}")
     write_atomically(path, buffer.getvalue())

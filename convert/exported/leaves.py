@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 
 from torch import fx, nn
 
-from ...ops import Kind, is_tensor, module_kind, module_of
+from ...op_table import Kind
+from ...ops import is_tensor, module_kind, module_of
 from .places import module_stack
 
 
@@ -46,6 +47,8 @@ def restore_leaves(imported: fx.GraphModule, model: nn.Module, is_leaf: Callable
 
 
 def _takes_one(module: nn.Module) -> bool:
+    if type(module).forward is nn.Module.forward:  # a container, as an exported program is made of
+        return False
     required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
     return len(required) == 1
 

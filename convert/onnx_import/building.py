@@ -333,6 +333,11 @@ def _held(tensor: TensorProto) -> Constant:
     """Return the constant that an initializer is."""
     try:
         return Constant(numpy_helper.to_array(tensor), tensor.name, _is_float(tensor.data_type))
+    except KeyError as error:
+        raise UnsupportedFormError(
+            f"initializer {tensor.name} is of the type number {tensor.data_type}, which ONNX does not have; expected a "
+            "tensor of numbers. Export the model again"
+        ) from error
     except ValueError as error:
         raise UnsupportedFormError(
             f"initializer {tensor.name} has the shape {list(tensor.dims)} and other data ({error}); expected data of "

@@ -79,4 +79,6 @@ def _type_name(info: ValueInfoProto) -> str:
     kind = info.type.WhichOneof("value") or "value without a type"
     if kind != "tensor_type":
         return kind.replace("_type", "")
-    return f"tensor of {TensorProto.DataType.Name(info.type.tensor_type.elem_type)}"
+    number = info.type.tensor_type.elem_type
+    known = number in TensorProto.DataType.values()
+    return f"tensor of {TensorProto.DataType.Name(number) if known else f'the type number {number}'}"

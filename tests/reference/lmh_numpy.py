@@ -149,6 +149,50 @@ def smooth_outputs(
     return np.stack(outputs)
 
 
+def sensitivities(
+    current: ArrayLike,
+    weight: ArrayLike,
+    parameters: Mapping[str, ArrayLike],
+    slope: Callable[[Array], Array],
+    *,
+    reset: Callable[[Array, Array], Array] = lambda soma, output: soma,
+) -> dict[str, Array]:
+    """The derivatives of Σ weight θ s, neuron by neuron, by differentiating the run forwards in time.
+
+    Entry [k] of ``current``, ``theta``, ``lambda_s``, … is the derivative by that value at step k alone, shape
+    [T, N, C, ...]; ``v_soma`` is the one by v_S[0]. ds/du is ``slope``(u). ``reset`` gives the derivative of v_S[t]
+    from those of m_S[t] and of the output: no gradient passes the reset, unless it is the wrong twin.
+    """
+    current, weight = np.asarray(current, dtype=np.float64), np.asarray(weight, dtype=np.float64)
+    base = simulate(current, **parameters)
+    names = ("theta", "lambda_s", "lambda_d", "mu_s", "mu_d")
+    ndim = current.ndim - 1
+
+    def run(name: str, k: int) -> Array:
+        """Σ_t weight[t] ∂(θ s)[t] by ``name`` at step k."""
+        by_soma = np.full(current.shape[1:], 1.0 if name == "v_soma" else 0.0)
+        by_dendrite, total = np.zeros(current.shape[1:]), np.zeros(current.shape[1:])
+        for t in range(len(current)):
+            p = Values(*(_at(parameters[other], t, ndim) for other in names))
+            soma = base.v_soma[t - 1] if t else base.start
+            dendrite = base.v_dendrite[t - 1] if t else np.zeros_like(soma)
+            here = 1.0 if t == k else 0.0
+            by_dendrite = p.mu_d * by_dendrite + p.mu_s * by_soma
+            by_dendrite = by_dendrite + here * {"current": 1.0, "mu_d": dendrite, "mu_s": soma}.get(name, 0.0)
+            by_membrane = p.lambda_s * by_soma + p.lambda_d * by_dendrite
+            by_membrane = by_membrane + here * {"lambda_s": soma, "lambda_d": base.v_dendrite[t]}.get(name, 0.0)
+            steep = slope((base.membrane[t] - p.theta) / p.theta)
+            by_output = steep * by_membrane
+            if name == "theta":
+                by_output = by_output + here * (base.spikes[t] - steep * base.membrane[t] / p.theta)
+            total = total + weight[t] * by_output
+            by_soma = reset(by_membrane, by_output)
+        return total
+
+    found = {name: np.stack([run(name, k) for k in range(len(current))]) for name in ("current", *names)}
+    return {**found, "v_soma": run("v_soma", 0)}
+
+
 def central_differences(
     f: Callable[[Mapping[str, Array]], float], point: Mapping[str, Array], width: float = 1e-6
 ) -> dict[str, Array]:

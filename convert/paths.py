@@ -1,0 +1,25 @@
+"""Names for modules that the passes add."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def unique_path(model: nn.Module, wanted: str) -> str:
+    """Return ``wanted``, or the first of ``wanted_1``, ``wanted_2``, … that names nothing in ``model``."""
+    path, count = wanted, 0
+    while _names_something(model, path):
+        count += 1
+        path = f"{wanted}_{count}"
+    return path
+
+
+def _names_something(model: nn.Module, path: str) -> bool:
+    current: Any = model
+    for part in path.split("."):
+        if not hasattr(current, part):
+            return False
+        current = getattr(current, part)
+    return True

@@ -1,0 +1,122 @@
+"""``lmh report``: a saved network measured on data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from .. import zoo
+from ..errors import ArgumentError, LMHError
+from ..evaluation import evaluate
+from ..results import describe_network
+from ..structures import each_shape
+from ..terminal import Terminal, print_result
+from ..zoo.images import Batches, Preprocessing
+from .cli_inputs import MODULE_OPTION, SEED, TRUST_OPTION, NumbersType, assumption_notices, evaluation_batch
+from .loading import load_again
+from .storage import MANIFEST, load
+
+
+@click.command("report")
+@click.argument("file")
+@click.option(
+    "--data", metavar="SPEC", required=True, help="digits, npz:FILE, cifar10:DIR, cifar100:DIR or folder:DIR."
+)
+@click.option("--source", metavar="FILE", help="The ANN, where the saved network names none that can be built.")
+@click.option("--test-samples", type=click.IntRange(min=1), help="Test images to measure on; all unless given.")
+@click.option("--input-size", type=NumbersType(int, "3,224,224"), metavar="C,H,W", help="In place of the file's.")
+@click.option("--mean", type=NumbersType(float, "0.5,0.5,0.5"), metavar="R,G,B", help="In place of the file's.")
+@click.option("--std", type=NumbersType(float, "0.2,0.2,0.2"), metavar="R,G,B", help="In place of the file's.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the sample order.")
+@TRUST_OPTION
+@MODULE_OPTION
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
+)
+def report_command(
+    file: str,
+    data: str,
+    source: str | None,
+    test_samples: int | None,
+    seed: int,
+    trust_pickle: bool,
+    modules: tuple[str, ...],
+    as_json: bool,
+    **overrides: tuple[Any, ...] | None,
+) -> None:
+    """Load the spiking network FILE, or zoo:NAME, and measure it on the test split of --data."""
+    terminal = Terminal(results=not as_json)
+    snn = load(file, source, trust_pickle=trust_pickle, modules=modules)
+    manifest = snn.meta[MANIFEST]
+    preprocessing, assumed = _preprocessing(manifest, overrides)
+    test = zoo.load_data(data, input_size=preprocessing.input_size).test
+    order = zoo.seeded_order(test, seed)[:test_samples]
+    timesteps = manifest["recipe"]["timesteps"]
+    batches = Batches(test, preprocessing, evaluation_batch(preprocessing, timesteps), order)
+    ann, notices = _source_ann(manifest["source"], source, trust_pickle, modules)
+    notices += assumption_notices(preprocessing, assumed)
+    notices.append(f"Samples: test {len(order)} of {len(test)} in the order of seed {seed}.")
+    for notice in notices:
+        terminal.notice(notice)
+    evaluation = evaluate(snn, terminal.track(batches, "measuring", batches.count), ann=ann)
+    calibration = f"{manifest['calibration']['policy']}, {manifest['calibration']['samples']} samples"
+    nodes = manifest.get("nodes", {"converted": manifest["sites"], "kept": [], "refused": []})
+    result = describe_network(
+        snn, source=file, calibration=calibration, nodes=nodes, evaluation=evaluation, notices=notices
+    )
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        print_result(terminal.out, result)
+
+
+def _preprocessing(
+    manifest: dict[str, Any], overrides: Mapping[str, tuple[Any, ...] | None]
+) -> tuple[Preprocessing, list[str]]:
+    """Return what turns images into input, and which of its fields nobody ever named.
+
+    The command line comes first, then the file, then the architecture's card; a network that was saved by the
+    API has the input size of its recipe.
+    """
+    architecture = manifest["source"]["architecture"]
+    shapes = each_shape(manifest["recipe"]["sample_shape"])
+    if len(shapes) > 1:
+        raise click.UsageError(
+            f"the network takes {len(shapes)} inputs; expected one of images, as --data has nothing else. "
+            "Measure it in Python: lmh.evaluate(lmh.convert.load(file), batches)."
+        )
+    known: dict[str, Any] = {"input_size": shapes[0]}
+    if architecture is not None:
+        known |= vars(zoo.card(architecture).preprocessing)
+    stored = manifest.get("preprocessing") or {}
+    known |= {name: tuple(stored[name]) for name in ("input_size", "mean", "std") if name in stored}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    missing = [f"--{name}" for name in ("mean", "std") if name not in {**known, **given}]
+    if missing:
+        raise click.UsageError(
+            f"the file does not say how its input is normalised; expected {' and '.join(missing)} on the command line."
+        )
+    try:
+        preprocessing = Preprocessing(**{**known, **given})
+    except ArgumentError as error:
+        raise click.UsageError(str(error)) from error
+    return preprocessing, [name for name in stored.get("assumed", []) if name not in given]
+
+
+def _source_ann(
+    record: dict[str, Any], source: str | None, trust_pickle: bool, modules: tuple[str, ...]
+) -> tuple[Any, list[str]]:
+    """Return the ANN to compare with, if it is at hand and still the one that was converted."""
+    name = source or record["name"]
+    if name is None:
+        return None, []
+    try:
+        found = load_again(name, record, trust_pickle=trust_pickle, modules=modules)
+    except LMHError as error:
+        return None, [f"The source ANN is not at hand, so it is not measured: {error}"]
+    if record["sha256"] not in (None, found.digest):
+        return None, [f"{name} has changed since the conversion, so the ANN is not measured."]
+    return found.model, []

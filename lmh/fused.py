@@ -1,0 +1,324 @@
+"""The neurons of a site as one autograd function over all steps, which keeps nothing but its input current.
+
+The forward pass is :func:`lmh.neurons.charge` and the spike, step by step. The backward pass runs these steps again and
+then :func:`lmh.neurons.lmh_step_adjoint` from the last to the first, so no potential is kept between the two. Both
+passes are plain functions of tensors, run as they are (FUSED) or compiled (COMPILED): see lmh/kernels.py.
+
+Inside of them the M neurons of one step are one flat axis, in the order in which the current lies in memory. So neither
+pass moves data, channels_last or not, and one compilation serves every site. A value per channel is written out per
+neuron first: a compiler that broadcasts it along two axes splits the pass into several, each with its own way through
+memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .kernels import Kernel, compiles, program
+from .neurons import Coefficients, Moment, State, charge, lmh_run, lmh_step_adjoint, spikes
+from .surrogates import Surrogate
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a pass is made for. Sizes are no part of it.
+
+    Attributes:
+        steps: T.
+        surrogate: ds/du.
+        static: the current is that of one step, taken T times.
+        per_step: the first axis of every coefficient is T.
+    """
+
+    steps: int
+    surrogate: Surrogate
+    static: bool = False
+    per_step: bool = False
+
+    def current(self, currents: Tensor, t: int) -> Tensor:
+        """I of step t."""
+        return currents if self.static else currents[t]
+
+    def coefficients(self, values: Sequence[Tensor], t: int) -> Coefficients:
+        """θ, λ and μ of step t."""
+        return Coefficients(*(value[t] if self.per_step else value for value in values))
+
+
+def forward_pass(
+    job: Job, keep: bool, currents: Tensor, v_dendrite: Tensor, v_soma: Tensor, *values: Tensor
+) -> tuple[Tensor, ...]:
+    """Run the T steps.
+
+    Args:
+        job: what is run.
+        keep: whether the last state is wanted.
+        currents: I, [T, M], or [M] where static.
+        v_dendrite: v_D[0], [] or [M].
+        v_soma: v_S[0], [] or [M].
+        values: θ, λ_S, λ_D, μ_S, μ_D, each [] or [M], behind a first axis of T if per step.
+
+    Returns:
+        θ s, [T·M] in the dtype of the current, and v_D[T] and v_S[T] if wanted.
+    """
+    outputs, state = [], State(v_dendrite, v_soma)
+    for t in range(job.steps):
+        now = job.coefficients(values, t)
+        v_dendrite, soma = charge(job.current(currents, t).to(now.v_threshold.dtype), state, now)
+        output = spikes(soma, now.v_threshold) * now.v_threshold
+        outputs.append(output.to(currents.dtype))
+        state = State(v_dendrite, soma - output)
+    return (torch.cat(outputs), *state) if keep else (torch.cat(outputs),)
+
+
+def backward_pass(
+    job: Job,
+    wanted: tuple[bool, ...],
+    grad_output: Tensor,
+    currents: Tensor,
+    v_dendrite: Tensor,
+    v_soma: Tensor,
+    *values: Tensor,
+) -> list[Tensor | None]:
+    """Run the T steps again, and their adjoint.
+
+    Args:
+        job: what is run.
+        wanted: whether the gradient of the current, of v_S[0], and of each of the values is.
+        grad_output: g, [T, M].
+        currents: as in :func:`forward_pass`, like all that follows.
+        v_dendrite: v_D[0].
+        v_soma: v_S[0].
+        values: θ, λ_S, λ_D, μ_S, μ_D.
+
+    Returns:
+        The gradients of the current, [T·M] or [M], of v_S[0] and of the values, each of its shape; None for what is
+        not wanted.
+    """
+    dtype = values[0].dtype
+    moments, state = [], State(v_dendrite, v_soma)
+    for t in range(job.steps):
+        now = job.coefficients(values, t)
+        v_dendrite, soma = charge(job.current(currents, t).to(dtype), state, now)
+        moments.append(Moment(state, v_dendrite, soma))
+        state = State(v_dendrite, soma - spikes(soma, now.v_threshold) * now.v_threshold)
+    zero = torch.zeros((), dtype=dtype, device=currents.device)
+    after = State(zero, zero)
+    to_current: list[Tensor] = []
+    to_values: list[list[Tensor]] = [[] for _ in values]
+    for t in reversed(range(job.steps)):
+        now = job.coefficients(values, t)
+        step = lmh_step_adjoint(grad_output[t].to(dtype), after, moments.pop(), now, job.surrogate)
+        after = step.before
+        if wanted[0]:
+            _collect(to_current, step.current, add=job.static)
+        for want, terms, found in zip(wanted[2:], step.coefficients, to_values, strict=True):
+            if want:
+                _collect(found, terms(), add=not job.per_step)
+    gradients: list[Tensor | None] = [None] * len(wanted)
+    if wanted[0]:
+        gradients[0] = torch.cat(to_current).to(currents.dtype)
+    if wanted[1]:
+        gradients[1] = _shared(after.v_soma, v_soma.ndim == 0)
+    for index, (found, value) in enumerate(zip(to_values, values, strict=True)):
+        if found:
+            sums = [_shared(terms, value.ndim == job.per_step) for terms in found]
+            gradients[2 + index] = torch.stack(sums) if job.per_step else sums[0]
+    return gradients
+
+
+def _collect(found: list[Tensor], terms: Tensor, *, add: bool) -> None:
+    """Put the terms of an earlier step in front of those of the later ones, or add them."""
+    if add and found:
+        found[0] = found[0] + terms
+    else:
+        found.insert(0, terms)
+
+
+def _shared(terms: Tensor, scalar: bool) -> Tensor:
+    """The gradient of a value that all neurons share, or that each has for itself."""
+    return terms.sum() if scalar else terms
+
+
+@dataclass(frozen=True)
+class _Order:
+    """How [N, C, *F] lies in memory, and the flat axis of its neurons in that order."""
+
+    shape: torch.Size
+    channels_last: bool
+
+    def flatten(self, x: Tensor, *first: int) -> Tensor:
+        """[N, C, *F] → [M], or [T·N, C, *F] → [T, M]; a view where ``x`` lies in this order."""
+        x = x.movedim(1, -1) if self.channels_last else x
+        return x.reshape(*first, math.prod(self.shape))
+
+    def restore(self, x: Tensor, *first: int) -> Tensor:
+        """[M] → [N, C, *F], or [T·M] → [T·N, C, *F]; a view."""
+        batch, *rest = self.shape
+        batch = math.prod(first) * batch
+        return x.reshape(batch, *rest[1:], rest[0]).movedim(-1, 1) if self.channels_last else x.reshape(batch, *rest)
+
+    def write_out(self, value: Tensor) -> Tensor:
+        """[.., C] → [.., M]: a value per channel for each of its neurons."""
+        batch, channels, *rest = self.shape
+        value = value.unsqueeze(-2 if self.channels_last else -1)
+        axes = (math.prod(rest), channels) if self.channels_last else (channels, math.prod(rest))
+        return value.unsqueeze(-3).expand(*value.shape[:-2], batch, *axes).flatten(-3)
+
+    def sum_up(self, terms: Tensor) -> Tensor:
+        """[.., M] → [.., C]: the sum over the neurons of each channel."""
+        batch, channels, *rest = self.shape
+        positions = math.prod(rest)
+        if self.channels_last:
+            return terms.unflatten(-1, (batch * positions, channels)).sum(-2)
+        return terms.unflatten(-1, (batch, channels, positions)).sum(-1).sum(-2)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a site: what is run, by which kernel, and the order of its tensors."""
+
+    job: Job
+    kernel: Kernel
+    keep: bool
+    order: _Order
+
+    def run(self, function: Any, variant: Any, *tensors: Tensor) -> Any:
+        """Run a pass by the kernel, without autograd and autocast, which would only make it compile again."""
+        compiled = self.kernel is Kernel.COMPILED
+        pass_ = program(function, self.job, variant) if compiled else partial(function, self.job, variant)
+        device = tensors[0].device.type
+        plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        with torch.no_grad(), plain:
+            return pass_(*(tensor.detach() for tensor in tensors))
+
+    def flat(self, currents: Tensor, v_dendrite: Tensor, v_soma: Tensor, *values: Tensor) -> list[Tensor]:
+        """The same, each flat: [] or [M], behind an axis of T where it has one."""
+        order, scalar = self.order, int(self.job.per_step)
+        currents = order.flatten(currents, *self.lead)
+        if v_dendrite.ndim > 0:
+            v_dendrite, v_soma = order.flatten(v_dendrite), order.flatten(v_soma)
+        elif v_soma.ndim > 0:
+            v_soma = order.write_out(v_soma)
+        written = (order.write_out(value) if value.ndim > scalar else value for value in values)
+        return [currents, v_dendrite, v_soma, *written]
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The axis in front of the neurons of a current."""
+        return () if self.job.static else (self.job.steps,)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The output, [T·N, C, *F], and the last state if it is kept, [N, C, *F]."""
+        output, *last = self.run(forward_pass, self.keep, *self.flat(*tensors))
+        return self.order.restore(output, self.job.steps), *(self.order.restore(potential) for potential in last)
+
+    def backward(self, wanted: tuple[bool, ...], grad_output: Tensor, *tensors: Tensor) -> list[Tensor | None]:
+        """The gradients of the current, of v_S[0] and of the values, each of its shape."""
+        grad_output = self.order.flatten(grad_output, self.job.steps)
+        found = self.run(backward_pass, wanted, grad_output, *self.flat(*tensors))
+        if found[0] is not None:
+            found[0] = self.order.restore(found[0], *self.lead)
+        for index, tensor in enumerate(tensors[2:], start=1):
+            gradient = found[index]
+            if gradient is not None and gradient.shape != tensor.shape:
+                found[index] = self.order.sum_up(gradient)
+        return found
+
+
+class _Neurons(torch.autograd.Function):
+    """T steps of the neurons of a site as one node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        output, *last = call.forward(*tensors)
+        ctx.mark_non_differentiable(*last)
+        return output, *last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _, current, _, *others = ctx.needs_input_grad
+        to_current, *to_others = ctx.call.backward((current, *others), grads[0], *ctx.saved_tensors)
+        return None, to_current, None, *to_others
+
+
+class Ran(NamedTuple):
+    """What a call gives.
+
+    Attributes:
+        output: θ s, [T·N, C, *F] in the dtype of the current.
+        state: that after the last step, if it was asked for.
+        kernel: the program that ran; FUSED where a compilation was asked for and failed.
+    """
+
+    output: Tensor
+    state: State | None
+    kernel: Kernel
+
+
+def run_neurons(job: Job, currents: Tensor, start: State, values: Coefficients, *, kernel: Kernel, keep: bool) -> Ran:
+    """Run T steps of the neurons of a site.
+
+    On a CPU every kernel gives the same output bit for bit, as nothing but products, sums and comparisons makes it, in
+    one order. The gradients agree up to rounding: sums run in another order. On a GPU the compiler may also contract a
+    product and a sum, which can move a potential by its last digit across the threshold.
+
+    Args:
+        job: what is run.
+        currents: I, [T·N, C, *F], or [N, C, *F] where static.
+        start: v_D[0] and v_S[0]: a zero, and [] or [C]; or a state [N, C, *F], which gets no gradient.
+        values: θ, λ_S, λ_D, μ_S, μ_D, each [] or [C], behind a first axis of T if per step; their dtype is that of
+            the potentials.
+        kernel: the program that is to run.
+        keep: return the state after the last step; it has a gradient only by EAGER.
+
+    Returns:
+        The output, the last state if it is kept, and the kernel.
+
+    >>> from lmh.surrogates import Triangle
+    >>> one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    >>> values = Coefficients(one, one, one, zero, zero)
+    >>> job = Job(steps=4, surrogate=Triangle(), static=True)
+    >>> run_neurons(job, torch.tensor([[0.5]]), State(zero, one / 2), values, kernel=Kernel.FUSED, keep=False).output.mT
+    tensor([[1., 0., 1., 0.]])
+    """
+    if kernel is Kernel.EAGER:
+        return Ran(*_run_eagerly(job, currents, start, values, keep), kernel)
+    batch = currents.shape[0] if job.static else currents.shape[0] // job.steps
+    channels_last = currents.ndim > 1 and currents.movedim(1, -1).is_contiguous()
+    call = _Call(job, kernel, keep, _Order(torch.Size((batch, *currents.shape[1:])), channels_last))
+    output, *last = _Neurons.apply(call, currents, *start, *values)
+    ran = Kernel.COMPILED if kernel is Kernel.COMPILED and compiles(job) else Kernel.FUSED
+    return Ran(output, State(*last) if keep else None, ran)
+
+
+def _run_eagerly(
+    job: Job, currents: Tensor, start: State, values: Coefficients, keep: bool
+) -> tuple[Tensor, State | None]:
+    """The plain loop, which autograd and tracers see step by step."""
+
+    def aligned(value: Tensor) -> Tensor:
+        return value.reshape(-1, *[1] * (currents.ndim - 2)) if value.ndim == 1 else value
+
+    now = (currents,) * job.steps if job.static else currents.unflatten(0, (job.steps, -1)).unbind(0)
+    if start.v_dendrite.ndim == 0:
+        start = State(*(aligned(potential).expand(now[0].shape) for potential in start))
+    output, last = lmh_run(
+        lambda k: now[k].to(values.v_threshold.dtype),
+        job.steps,
+        start,
+        lambda k: Coefficients(*(aligned(value) for value in job.coefficients(values, k))),
+        job.surrogate,
+    )
+    return output.to(currents.dtype), last if keep else None

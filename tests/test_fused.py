@@ -1,0 +1,485 @@
+"""The neurons as one autograd function, run as it is and compiled, against the plain loop and the NumPy oracle."""
+
+from __future__ import annotations
+
+import copy
+import importlib.machinery
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import nets
+from lmh import Kernel, carry_state, fused, kernels, kernels_used, per_step, sites, use_kernel
+from lmh.convert import convert
+from lmh.errors import ArgumentError
+from lmh.fused import Job, run_neurons
+from lmh.neurons import Coefficients, State
+from lmh.spiking import LMH, PerChannel, PerLayer, PerStep, SpikingSite
+from lmh.surrogates import Arctan, Rectangle, Sigmoid, Surrogate, Triangle
+from lmh.time_axis import TimeAxis
+from lmh.zoo.cifar_resnet import CifarResNet
+
+NAMES = ("theta", "lambda_s", "lambda_d", "mu_s", "mu_d")
+SURROGATES = [Triangle(), Triangle(0.5), Rectangle(), Sigmoid(), Arctan()]
+T, N, C = 4, 3, 5
+SHAPES = {"linear": (N, C), "sequence": (N, C, 6), "image": (N, C, 4, 2), "video": (N, C, 2, 3, 2)}
+needs_compiler = pytest.mark.skipif(not kernels.can_compile("cpu"), reason="no C++ compiler")
+
+
+def _reference() -> ModuleType:
+    """Load the oracle by its path: ``tests`` is no package under every import mode."""
+    path = Path(__file__).parent / "reference" / "lmh_numpy.py"
+    loader = importlib.machinery.SourceFileLoader("lmh_numpy_reference", str(path))
+    module = ModuleType(loader.name)
+    loader.exec_module(module)
+    return module
+
+
+oracle = _reference()
+
+
+def last(x: Tensor) -> Tensor:
+    """The same values with the channels last in memory."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@dataclass
+class Case:
+    """One call of the neurons with everything that has a gradient."""
+
+    job: Job
+    current: Tensor
+    start: State
+    values: Coefficients
+    weight: Tensor
+
+    def run(self, kernel: Kernel) -> tuple[Tensor, list[Tensor]]:
+        """The output, and the gradients of current, v_S[0], θ, λ_S, λ_D, μ_S, μ_D."""
+        output = self.output(kernel)
+        wanted = [self.current, self.start.v_soma, *self.values]
+        return output, list(torch.autograd.grad((output * self.weight).sum(), wanted))
+
+    def output(self, kernel: Kernel) -> Tensor:
+        """The output alone."""
+        return run_neurons(self.job, self.current, self.start, self.values, kernel=kernel, keep=False).output
+
+
+def case(
+    shape: tuple[int, ...] = SHAPES["image"],
+    *,
+    granularity: object = PerLayer(),
+    channels: bool = False,
+    static: bool = False,
+    order: Callable[[Tensor], Tensor] = Tensor.contiguous,
+    surrogate: Surrogate | None = None,
+    dtype: torch.dtype = torch.float64,
+    low: torch.dtype | None = None,
+) -> Case:
+    """A call whose coefficients are all away from the start.
+
+    ``channels``: a threshold for each of them. ``low``: the dtype of the current, if not that of the potentials.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def near(value: float, *size: int) -> Tensor:
+        return (value + 0.2 * torch.rand(size, dtype=torch.float64, generator=generator)).to(dtype).requires_grad_()
+
+    per_channel = isinstance(granularity, PerChannel)
+    time = (T,) if isinstance(granularity, PerStep) else ()
+    size = (*time, shape[1]) if per_channel else time
+    wide = (*time, shape[1]) if channels or per_channel else time
+    values = Coefficients(near(0.8, *wide), near(0.8, *size), near(0.9, *size), near(0.1, *size), near(-0.2, *size))
+    start = State(torch.zeros((), dtype=dtype), near(0.4, *wide[len(time) :]))
+    batch = (shape[0] if static else T * shape[0], *shape[1:])
+    current = 1.5 * torch.rand(batch, dtype=torch.float64, generator=generator) - 0.3
+    weight = torch.randn(T * shape[0], *shape[1:], dtype=torch.float64, generator=generator)
+    job = Job(T, surrogate or Triangle(), static, bool(time))
+    return Case(job, order(current.to(low or dtype)).requires_grad_(), start, values, order(weight.to(dtype)))
+
+
+def site_of(steps: int = T, **options: Any) -> SpikingSite:
+    """A site for five channels with a threshold each."""
+    static = options.pop("static", False)
+    theta, start = torch.linspace(0.5, 1.5, C), torch.tensor(0.5)
+    return SpikingSite(TimeAxis(steps), theta, start, LMH(**options), channels=C, static=static)
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, in parts of the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["timed", "static"])
+@pytest.mark.parametrize("order", [Tensor.contiguous, last], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("channels", [False, True], ids=["one threshold", "threshold per channel"])
+@pytest.mark.parametrize("granularity", [PerLayer(), PerChannel(), PerStep()], ids=repr)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_it_equals_the_plain_loop(
+    shape: tuple[int, ...], granularity: object, channels: bool, order: Callable[[Tensor], Tensor], static: bool
+) -> None:
+    given = case(shape, granularity=granularity, channels=channels, order=order, static=static)
+    output, gradients = given.run(Kernel.FUSED)
+    expected, wanted = given.run(Kernel.EAGER)
+    assert torch.equal(output, expected)
+    assert 0.1 < float((output > 0).double().mean()) < 0.9
+    for name, ours, theirs in zip(("current", "v_soma", *NAMES), gradients, wanted, strict=True):
+        assert ours.shape == theirs.shape
+        assert distance(ours, theirs) < 1e-12, name
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
+@pytest.mark.parametrize("granularity", [PerLayer(), PerChannel(), PerStep()], ids=repr)
+@pytest.mark.parametrize("kernel", [Kernel.EAGER, Kernel.FUSED], ids=lambda kernel: kernel.value)
+def test_its_gradients_equal_those_of_the_oracle(kernel: Kernel, granularity: object, surrogate: Surrogate) -> None:
+    given = case(granularity=granularity, channels=True, surrogate=surrogate)
+    _, gradients = given.run(kernel)
+    current, weight = (x.detach().unflatten(0, (T, N)).numpy() for x in (given.current, given.weight))
+    theta = given.values.v_threshold.detach()
+    values = {name: value.detach().numpy() for name, value in zip(NAMES, given.values, strict=True)}
+    if given.job.per_step:
+        values = {name: value.reshape(T, -1) for name, value in values.items()}
+    values["v_init"] = (given.start.v_soma.detach() / (theta[0] if given.job.per_step else theta)).numpy()
+
+    def slope(u: np.ndarray) -> np.ndarray:
+        return surrogate(torch.from_numpy(u)).numpy()
+
+    def reduced(found: dict[str, np.ndarray]) -> list[Tensor]:
+        """Sums over what shares a value: positions and batch always, else channels and steps."""
+        rows = [torch.from_numpy(found["current"]).flatten(0, 1)]
+        for name, like in zip(("v_soma", *NAMES), (given.start.v_soma, *given.values), strict=True):
+            terms = torch.from_numpy(found[name])
+            terms = terms.unsqueeze(0) if name == "v_soma" else terms
+            by_channel = terms.sum((1, 3, 4))
+            kept = by_channel if name != "v_soma" and given.job.per_step else by_channel.sum(0)
+            rows.append(kept if kept.shape == like.shape else kept.sum(-1))
+        return rows
+
+    expected = reduced(oracle.sensitivities(current, weight, values, slope))
+    wrong = reduced(oracle.sensitivities(current, weight, values, slope, reset=lambda soma, output: soma - output))
+    assert max(distance(ours, theirs) for ours, theirs in zip(gradients, expected, strict=True)) < 1e-12
+    assert all(distance(ours, theirs) > 1e-3 for ours, theirs in zip(gradients[:2], wrong[:2], strict=True))
+
+
+@pytest.mark.parametrize("order", [Tensor.contiguous, last], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("static", [False, True], ids=["timed", "static"])
+def test_it_keeps_its_current_and_nothing_else_of_that_size(static: bool, order: Callable[[Tensor], Tensor]) -> None:
+    given = case((4, 5, 8, 8), channels=True, static=static, order=order)
+
+    def kept(kernel: Kernel) -> list[Tensor]:
+        found: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: found.append(x) or x, lambda x: x):
+            given.output(kernel)
+        return [tensor for tensor in found if tensor.numel() > C]
+
+    (current,) = kept(Kernel.FUSED)
+    assert current.data_ptr() == given.current.data_ptr()
+    assert sum(tensor.numel() for tensor in kept(Kernel.EAGER)) > 4 * given.weight.numel()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("channels", [False, True], ids=["one threshold", "threshold per channel"])
+@pytest.mark.parametrize("order", [Tensor.contiguous, last], ids=["contiguous", "channels last"])
+def test_the_order_in_memory_is_kept_and_nothing_is_moved(
+    order: Callable[[Tensor], Tensor], channels: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = case(shape, channels=channels, order=order)
+    flatten, seen = fused._Order.flatten, []
+
+    def watched(self: fused._Order, x: Tensor, *first: int) -> Tensor:
+        flat = flatten(self, x, *first)
+        seen.append(flat.data_ptr() == x.data_ptr())
+        return flat
+
+    monkeypatch.setattr(fused._Order, "flatten", watched)
+    output, (to_current, *_) = given.run(Kernel.FUSED)
+    assert output.stride() == to_current.stride() == given.current.stride()
+    assert seen
+    assert all(seen)
+
+
+def test_a_current_in_no_dense_order_gives_the_same() -> None:
+    given = case((N, C, 4, 4), channels=True)
+    wide = torch.zeros(T * N, C, 4, 8, dtype=torch.float64)
+    wide[..., ::2] = given.current.detach()
+    loose = copy.copy(given)
+    loose.current = wide[..., ::2].requires_grad_()
+    for ours, theirs in zip(loose.run(Kernel.FUSED)[1], given.run(Kernel.FUSED)[1], strict=True):
+        assert distance(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("kernel", [Kernel.EAGER, Kernel.FUSED], ids=lambda kernel: kernel.value)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_potentials_and_sums_are_float32_for_16_bit_currents(kernel: Kernel, dtype: torch.dtype) -> None:
+    low = torch.rand(T * N, C, 6).to(dtype)
+
+    def run(current: Tensor) -> tuple[SpikingSite, Tensor, Tensor]:
+        site = site_of()
+        current = current.clone().requires_grad_()
+        with use_kernel(kernel):
+            output = site(current)
+        output.float().square().sum().backward()
+        return site, output, current.grad
+
+    narrow, wide = run(low), run(low.float())
+    assert narrow[1].dtype == narrow[2].dtype == dtype
+    assert torch.equal(narrow[1], wide[1].to(dtype))
+    assert distance(narrow[2].float(), wide[2]) < 0.02
+    assert distance(narrow[0].raw_lambda_d.grad, wide[0].raw_lambda_d.grad) < 0.02
+
+
+def test_autocast_changes_nothing_inside() -> None:
+    given = case(channels=True, dtype=torch.float32)
+    plain = given.run(Kernel.FUSED)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = given.run(Kernel.FUSED)
+    assert torch.equal(plain[0], cast[0])
+    assert all(torch.equal(*pair) for pair in zip(plain[1], cast[1], strict=True))
+
+
+@pytest.mark.parametrize("granularity", [PerLayer(), PerChannel(), PerStep()], ids=repr)
+@pytest.mark.parametrize("order", [Tensor.contiguous, last], ids=["contiguous", "channels last"])
+def test_carried_state_equals_that_of_the_plain_loop(order: Callable[[Tensor], Tensor], granularity: object) -> None:
+    frames = [order(torch.rand(2 * N, C, 4, 4).double()) for _ in range(2)]
+
+    def run(kernel: Kernel) -> tuple[list[Tensor], list[Tensor]]:
+        site = site_of(granularity=granularity).double()
+        current = [frame.clone(memory_format=torch.preserve_format).requires_grad_() for frame in frames]
+        with use_kernel(kernel), carry_state(site):
+            outputs = [per_step(site, frame, steps=2) for frame in current]
+        sum((output * (k + 1)).sum() for k, output in enumerate(outputs)).backward()
+        parameters = [parameter.grad for parameter in site.parameters()]
+        return outputs, [*(frame.grad for frame in current), *parameters]
+
+    outputs, gradients = run(Kernel.FUSED)
+    expected, wanted = run(Kernel.EAGER)
+    assert all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
+    assert all(distance(*pair) < 1e-12 for pair in zip(gradients, wanted, strict=True))
+    assert not torch.equal(outputs[1], site_of(2, granularity=PerLayer()).double()(frames[1]))
+
+
+@pytest.mark.parametrize("frozen", [{0}, {0, 1}, {3, 4, 5, 6}, {1, 2}, {2, 3, 4, 5, 6}], ids=str)
+def test_what_needs_no_gradient_gets_none_and_the_rest_is_unchanged(frozen: set[int]) -> None:
+    given = case(channels=True)
+    _, expected = given.run(Kernel.FUSED)
+    leaves = [given.current, given.start.v_soma, *given.values]
+    for index in frozen:
+        leaves[index].requires_grad_(False)
+    output = given.output(Kernel.FUSED)
+    (output * given.weight).sum().backward()
+    for index, leaf in enumerate(leaves):
+        assert leaf.grad is None if index in frozen else torch.equal(leaf.grad, expected[index])
+
+
+def test_nothing_is_computed_for_frozen_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = case()
+    for value in given.values[1:]:
+        value.requires_grad_(False)
+    asked: list[int] = []
+    step = fused.lmh_step_adjoint
+
+    def watched(*arguments: Any) -> Any:
+        found = step(*arguments)
+        terms = [lambda k=k, term=term: (asked.append(k), term())[1] for k, term in enumerate(found.coefficients)]
+        return found._replace(coefficients=tuple(terms))
+
+    monkeypatch.setattr(fused, "lmh_step_adjoint", watched)
+    output = given.output(Kernel.FUSED)
+    output.sum().backward()
+    assert asked == [0] * T
+
+
+def test_a_second_derivative_is_refused() -> None:
+    given = case()
+    output = given.output(Kernel.FUSED)
+    (gradient,) = torch.autograd.grad(output.square().sum(), given.current, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_an_empty_batch_gives_an_empty_output() -> None:
+    site = site_of()
+    current = torch.zeros(0, C, 4, 4, requires_grad=True)
+    output = site(current)
+    output.sum().backward()
+    assert output.shape == current.grad.shape == (0, C, 4, 4)
+    assert torch.equal(site.v_init.grad, torch.zeros(C))
+
+
+class Untraceable(Triangle):
+    """A surrogate that torch.compile cannot follow."""
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Look at the data."""
+        return super().__call__(u) * (2.0 if float(u.max()) > 1e9 else 1.0)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def missing() -> str:
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    kernels.can_compile.cache_clear()
+    yield
+    kernels.can_compile.cache_clear()
+
+
+LARGE = (kernels.WORTH_COMPILING,)
+
+
+def chosen(current: Tensor, *, steps: int = T, training: bool = True) -> Kernel:
+    return kernels.choose(current, steps=steps, training=training)
+
+
+@needs_compiler
+def test_the_kernel_is_chosen_from_the_size_of_the_work() -> None:
+    assert chosen(torch.empty(LARGE)) is Kernel.COMPILED
+    assert chosen(torch.empty(LARGE[0] - 1)) is Kernel.FUSED
+    assert chosen(torch.empty(LARGE), steps=kernels.MOST_COMPILED_STEPS + 1) is Kernel.FUSED
+    assert chosen(torch.empty(LARGE), training=False) is Kernel.EAGER
+    assert chosen(torch.empty(LARGE, device="meta")) is Kernel.FUSED
+    with FakeTensorMode():
+        assert chosen(torch.empty(LARGE)) is Kernel.FUSED
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_large_work_is_fused_and_asking_for_more_is_refused() -> None:
+    assert chosen(torch.empty(LARGE)) is Kernel.FUSED
+    if not kernels.can_compile("cuda"):
+        with (
+            pytest.raises(ArgumentError, match=r"no compiler here.*g\+\+.*use Kernel\.FUSED"),
+            use_kernel(Kernel.COMPILED),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("kernel", Kernel, ids=lambda kernel: kernel.value)
+@pytest.mark.parametrize("training", [True, False])
+@needs_compiler
+def test_a_kernel_can_be_asked_for_inside_a_block_only(kernel: Kernel, training: bool) -> None:
+    before = chosen(torch.empty(8), training=training)
+    with use_kernel(kernel):
+        assert chosen(torch.empty(8), training=training) is kernel
+        with use_kernel(Kernel.EAGER):
+            assert chosen(torch.empty(8), training=training) is Kernel.EAGER
+        assert chosen(torch.empty(8, device="meta")) is (Kernel.EAGER if kernel is Kernel.EAGER else Kernel.FUSED)
+    assert chosen(torch.empty(8), training=training) is before
+
+
+def test_a_network_tells_which_kernel_ran_its_sites() -> None:
+    ann, x = nets.Residual(), torch.rand(4, 2, 8, 8)
+    snn = convert(ann, T, data=x).snn
+    assert set(kernels_used(snn)) == set(sites(snn))
+    snn.train()(x)
+    assert set(kernels_used(snn).values()) == {Kernel.FUSED}
+    with use_kernel(Kernel.EAGER):
+        snn(x)
+    assert set(kernels_used(snn).values()) == {Kernel.EAGER}
+    assert kernels_used(copy.deepcopy(snn)) == kernels_used(snn)
+    snn.train()(x)
+    with torch.no_grad():
+        snn(x)
+    assert set(kernels_used(snn).values()) == {Kernel.EAGER}
+    assert Kernel(Kernel.COMPILED.value) is Kernel.COMPILED
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_tracers_see_the_plain_loop(training: bool) -> None:
+    snn = convert(nets.conv_net(), T, data=torch.rand(4, 2, 8, 8)).snn.train(training)
+    for module in snn.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.Dropout):
+            module.eval()
+    x = torch.rand(2, 2, 8, 8)
+    expected = snn(x)
+    for strict in (True, False):
+        program = torch.export.export(snn, (x,), strict=strict)
+        assert torch.allclose(program.module()(x), expected, atol=1e-6)
+        assert not [node for node in program.graph.nodes if "autograd" in str(node.target)]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        assert torch.allclose(torch.jit.trace(snn, x, check_trace=False)(x), expected, atol=1e-6)
+
+
+@needs_compiler
+def test_neurons_that_cannot_be_compiled_run_uncompiled_and_say_so_once() -> None:
+    given = case(surrogate=Untraceable(), channels=True)
+    expected, wanted = case(channels=True).run(Kernel.FUSED)
+    with pytest.warns(UserWarning, match=r"could not be compiled.*run uncompiled.*use_kernel\(Kernel\.FUSED\)"):
+        output, gradients = given.run(Kernel.COMPILED)
+    assert torch.equal(output, expected)
+    assert all(torch.equal(*pair) for pair in zip(gradients, wanted, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given.run(Kernel.COMPILED)
+    site = site_of(surrogate=Untraceable())
+    with use_kernel(Kernel.COMPILED):
+        site(given.current.float())
+    assert site.kernel is Kernel.FUSED
+
+
+COMPILED_CASES = {
+    "one threshold": {},
+    "threshold per channel": {"channels": True},
+    "channels last": {"channels": True, "order": last},
+    "static": {"channels": True, "static": True},
+    "per step": {"channels": True, "granularity": PerStep()},
+    "bfloat16": {"low": torch.bfloat16},
+}
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("options", COMPILED_CASES.values(), ids=COMPILED_CASES)
+def test_compiled_it_gives_the_same_spikes_and_gradients(options: dict[str, Any]) -> None:
+    given = case((16, 24, 8, 8), **{"dtype": torch.float32, **options})
+    output, gradients = given.run(Kernel.COMPILED)
+    expected, wanted = given.run(Kernel.FUSED)
+    assert torch.equal(output, expected)
+    assert torch.equal(gradients[0], wanted[0])
+    for name, ours, theirs in zip(("v_soma", *NAMES), gradients[1:], wanted[1:], strict=True):
+        assert distance(ours, theirs) < 1e-5, name
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_it_equals_the_plain_loop_in_float64() -> None:
+    given = case((16, 24, 8, 8), channels=True)
+    output, gradients = given.run(Kernel.COMPILED)
+    expected, wanted = given.run(Kernel.EAGER)
+    assert torch.equal(output, expected)
+    assert all(distance(*pair) < 1e-12 for pair in zip(gradients, wanted, strict=True))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_two_runs_of_a_compiled_pass_agree_bit_for_bit() -> None:
+    given = case((16, 24, 16, 16), channels=True, dtype=torch.float32)
+    first, second = given.run(Kernel.COMPILED), given.run(Kernel.COMPILED)
+    assert all(torch.equal(*pair) for pair in zip(first[1], second[1], strict=True))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_network_needs_few_compilations_whatever_its_size() -> None:
+    x = torch.rand(6, 3, 32, 32)
+    snn = convert(CifarResNet(20), T, data=x).snn.train()
+    before = counters["stats"]["unique_graphs"]
+    for batch in (x, x[:5]):
+        with use_kernel(Kernel.COMPILED):
+            snn(batch).square().sum().backward()
+    assert len(sites(snn)) == 19
+    assert set(kernels_used(snn).values()) == {Kernel.COMPILED}
+    assert counters["stats"]["unique_graphs"] - before <= 4
+    assert all(parameter.grad is not None for parameter in snn.parameters())
