@@ -2,6 +2,7 @@
 
 from .loading import Source, load_source
 from .maxpool import MAXPOOLS, AveragePool, BeforeNeuron, Gated
+from .normalisation import NORMALISATIONS, TEBN, PlainBatchNorm, TdBN
 from .pipeline import Conversion, Recipe, assemble, convert
 from .prepare import prepare
 from .rules import DEFAULT_RULES, ReluSurgery, as_neuron, from_qcfs, keep
@@ -11,15 +12,19 @@ from .storage import load, save
 __all__ = [
     "DEFAULT_RULES",
     "MAXPOOLS",
+    "NORMALISATIONS",
+    "TEBN",
     "AveragePool",
     "BeforeNeuron",
     "Conversion",
     "DirectCoding",
     "EventFrames",
     "Gated",
+    "PlainBatchNorm",
     "Recipe",
     "ReluSurgery",
     "Source",
+    "TdBN",
     "as_neuron",
     "assemble",
     "convert",

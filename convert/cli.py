@@ -26,6 +26,7 @@ from .cli_inputs import SEED, Amounts, Inputs, NumbersType, PolicyType, open_inp
 from .export_cli import FORMATS, FORMATS_HELP, export_as, export_files
 from .loading import Source, load_source
 from .maxpool import MAXPOOLS, MaxPool
+from .normalisation import NORMALISATIONS, Normalisation
 from .pipeline import Conversion, convert
 from .prepare import examine
 from .rules import ReluSurgery
@@ -59,6 +60,7 @@ class Job:
     keep: tuple[str, ...]
     surgery: ReluSurgery | None
     maxpool: MaxPool
+    normalisation: Normalisation
     exports: tuple[str, ...]
 
 
@@ -101,6 +103,10 @@ class Job:
     "maximum of the rates, at every T; average: an average pool instead, another function, to be fine-tuned.",
 )  # fmt: skip
 @click.option(
+    "--time-norm", "normalisation", type=click.Choice(list(NORMALISATIONS)), default="plain", show_default=True,
+    help="What becomes of BatchNorm behind neurons, to be fine-tuned.",
+)  # fmt: skip
+@click.option(
     "--export", "exports", type=FORMATS, multiple=True, help=f"Also write this format; may be repeated. {FORMATS_HELP}"
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would become of every node; convert nothing.")
@@ -119,6 +125,7 @@ def convert_command(
     as_json: bool,
     surgery: str | None,
     maxpool: str,
+    normalisation: str,
     dry_run: bool,
     **options: Any,
 ) -> int:
@@ -139,6 +146,7 @@ def convert_command(
         output=output or default_output(source, timesteps),
         surgery=ReluSurgery() if surgery == "relu" else None,
         maxpool=MAXPOOLS[maxpool],
+        normalisation=NORMALISATIONS[normalisation],
         **options,
     )
     if job.epochs and job.data is None:
@@ -294,6 +302,7 @@ def _convert(job: Job, source: Source, inputs: Inputs, terminal: Terminal) -> Co
         keep=job.keep,
         surgery=job.surgery,
         maxpool=job.maxpool,
+        normalisation=job.normalisation,
     )
 
 

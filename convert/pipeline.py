@@ -25,6 +25,7 @@ from ..records import Calibration, Prepared, Report, Spike
 from ..spiking import LMH, sites
 from ..structures import SampleShape, as_sample_shape, input_count
 from .maxpool import AveragePool, BeforeNeuron, Gated, MaxPool, pool_notices
+from .normalisation import TEBN, Normalisation, PlainBatchNorm, TdBN, norm_notices
 from .prepare import prepare
 from .rules import ReluSurgery, Rules, StandIns, merged
 from .spike import DirectCoding, Encoding, EventFrames, spike
@@ -45,6 +46,7 @@ class Recipe:
         keep: paths that stay analog.
         surgery: the types that neurons stand in for where no rule applies; None refuses them.
         maxpool: what became of max-pools.
+        normalisation: what became of BatchNorm layers.
     """
 
     timesteps: int
@@ -54,6 +56,7 @@ class Recipe:
     keep: tuple[str, ...] = ()
     surgery: StandIns | None = None
     maxpool: MaxPool = field(default_factory=BeforeNeuron)
+    normalisation: Normalisation = field(default_factory=PlainBatchNorm)
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,6 +99,7 @@ def convert(
     keep: Iterable[str] = (),
     surgery: ReluSurgery | None = None,
     maxpool: MaxPool | None = None,
+    normalisation: Normalisation | None = None,
 ) -> Conversion:
     """Convert a pretrained ANN to a spiking network of LM-H neurons.
 
@@ -121,6 +125,8 @@ def convert(
             normalisations analog; fine-tune afterwards. Unless given, all of them are refused.
         maxpool: what becomes of max-pools: ``BeforeNeuron()`` unless given, ``Gated()``, or ``AveragePool()``, which
             changes the function and wants fine-tuning.
+        normalisation: what becomes of BatchNorm behind neurons: ``PlainBatchNorm()`` unless given, ``TEBN()`` or
+            ``TdBN()``; all start as the same function where the network is trained.
 
     Returns:
         The spiking network with its calibration and report.
@@ -141,14 +147,16 @@ def convert(
     encoding = DirectCoding() if encoding is None else encoding
     neuron = LMH() if neuron is None else neuron
     maxpool = BeforeNeuron() if maxpool is None else maxpool
+    normalisation = PlainBatchNorm() if normalisation is None else normalisation
     kept = _checked_options(neuron, encoding, keep, surgery, rules, maxpool)
+    check_kind("convert: normalisation", normalisation, (PlainBatchNorm, TEBN, TdBN), "TEBN()", "TdBN()")
     if calibration is not None and not isinstance(calibration, Calibration):
         check_policy("convert: calibration", calibration)
     data, examples = _first_batch(ann, data, example_input, encoding)
     inputs = len(examples)
     sample_shape = as_sample_shape([x.shape[2 if isinstance(encoding, EventFrames) else 1 :] for x in examples])
     replaced = None if surgery is None else StandIns.of(surgery)
-    recipe = Recipe(timesteps, neuron, encoding, sample_shape, kept, replaced, maxpool)
+    recipe = Recipe(timesteps, neuron, encoding, sample_shape, kept, replaced, maxpool, normalisation)
     prepared = prepare(ann, sample_shape, rules=rules, keep=recipe.keep, surgery=surgery, maxpool=maxpool)
     notices = []
     if isinstance(encoding, EventFrames) and data is not None:
@@ -226,7 +234,7 @@ def assemble(prepared: Prepared, calibration: Calibration, recipe: Recipe, notic
             f"calibration: no threshold for {', '.join(missing)}; it was made for {len(calibration.v_threshold)} other "
             "sites. Calibrate this network."
         )
-    snn = spike(prepared, calibration, recipe.neuron, recipe.encoding, recipe.timesteps)
+    snn = spike(prepared, calibration, recipe.neuron, recipe.encoding, recipe.timesteps, recipe.normalisation)
     replay(snn, calibration)
     kept = [fate.path for fate in prepared.fates if fate.fate == "kept"]
     if kept:
@@ -242,6 +250,7 @@ def assemble(prepared: Prepared, calibration: Calibration, recipe: Recipe, notic
 def _approximations(snn: fx.GraphModule, prepared: Prepared, recipe: Recipe) -> Iterator[str]:
     """Say where the network differs from the ANN by more than the rounding of T steps."""
     yield from pool_notices(snn, prepared.fates)
+    yield from norm_notices(snn, recipe.normalisation)
     levels = {found.levels for found in prepared.activations.values() if isinstance(found, Spike) and found.levels}
     if levels - {recipe.timesteps}:
         known = ", ".join(str(level) for level in sorted(levels))

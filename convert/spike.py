@@ -28,6 +28,7 @@ from ..time_axis import (
     Timed,
 )
 from .maxpool import gate_pools
+from .normalisation import Normalisation, PlainBatchNorm, place_norms
 from .paths import unique_path
 from .regions import Region, misfolded
 
@@ -49,7 +50,12 @@ _COMMUTES_WITH_MEAN = (Kind.SYNAPSE, Kind.AFFINE, Kind.SHAPE, Kind.SIZE)
 
 
 def spike(
-    prepared: Prepared, calibration: Calibration, neuron: LMH, encoding: Encoding, timesteps: int
+    prepared: Prepared,
+    calibration: Calibration,
+    neuron: LMH,
+    encoding: Encoding,
+    timesteps: int,
+    normalisation: Normalisation | None = None,
 ) -> fx.GraphModule:
     """Replace the activations of a prepared ANN by LM-H neurons and fold time into the batch.
 
@@ -59,6 +65,7 @@ def spike(
         neuron: which neurons.
         encoding: what the input is.
         timesteps: T.
+        normalisation: what becomes of BatchNorm layers; ``PlainBatchNorm()`` unless given.
 
     Returns:
         The spiking network in eval mode.
@@ -77,6 +84,8 @@ def spike(
         raise AuditError(problems)
     _insert_sites(model, regions, prepared, calibration, neuron, time)
     _Folding(model, time, regions, uses).run()
+    timed = {node for node, region in regions.items() if region is Region.TIMED}
+    place_norms(model, time, normalisation or PlainBatchNorm(), timed, calibration)
     gate_pools(model, time, [n for n, r in regions.items() if r is Region.TIMED and n.name in prepared.gated])
     if isinstance(encoding, EventFrames):
         _fold_inputs(model, time)

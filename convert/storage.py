@@ -20,6 +20,7 @@ from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, Spiki
 from ..surrogates import Arctan, Dspike, Rectangle, Sigmoid, Triangle
 from .loading import load_again
 from .maxpool import AveragePool, BeforeNeuron, Gated
+from .normalisation import TEBN, PlainBatchNorm, TdBN
 from .pipeline import Conversion, Recipe, assemble
 from .prepare import prepare
 from .rules import ReluSurgery, Rules, StandIns, merged
@@ -47,6 +48,9 @@ _TYPES = {
         BeforeNeuron,
         AveragePool,
         Gated,
+        PlainBatchNorm,
+        TEBN,
+        TdBN,
     )
 }
 MANIFEST = "lmh_manifest"

@@ -18,6 +18,7 @@ from ..convert.cli import check_output, default_output, device_of
 from ..convert.cli_inputs import SEED, Amounts, Inputs, NumbersType, open_inputs, source_options
 from ..convert.inspect_cli import is_spiking
 from ..convert.loading import Source, load_source
+from ..convert.normalisation import NORMALISATIONS
 from ..convert.pipeline import Conversion, convert
 from ..convert.report_cli import source_ann, stored_preprocessing
 from ..convert.storage import MANIFEST, load, save
@@ -55,6 +56,7 @@ class Job:
     entry: str | None
     trust_pickle: bool
     modules: tuple[str, ...]
+    time_norm: str | None
     output: Path
     resume: bool
     checkpoint_steps: int | None
@@ -111,6 +113,7 @@ class Start:
 @recipe_options
 @click.option("--recipe", metavar="FILE", help="A .toml from --save-recipe, or a network that lmh finetune trained.")
 @click.option("--save-recipe", type=click.Path(dir_okay=False, path_type=Path), help="Write the recipe as TOML.")
+@click.option("--time-norm", type=click.Choice(list(NORMALISATIONS)), help="Of an ANN's BatchNorm; plain unless given.")
 @click.option("--teacher", metavar="SOURCE", help="In the place of the network's own ANN.")
 @click.option("--source", metavar="FILE", help="The ANN of a spiking network that names none that can be built.")
 @source_options
@@ -167,6 +170,8 @@ def finetune_command(
         raise click.UsageError(f"-T {timesteps} came with a spiking network, whose own T stays. Leave it out.")
     if not spiking and timesteps is None:
         raise click.UsageError("-T is missing: an ANN needs the number of time steps, as in -T 4.")
+    if spiking and options["time_norm"] is not None:
+        raise click.UsageError("--time-norm is for an ANN; the network spikes already. Leave it out.")
     job = Job(
         network=network,
         data=data,
@@ -287,7 +292,8 @@ def _from_ann(job: Job, wishes: Wishes, terminal: Terminal) -> tuple[Start, Trai
     recipe.strategy.slice_steps(job.timesteps)
     samples = list(terminal.track(inputs.calibration, "calibrating", inputs.calibration.count))
     ann = with_statistics(source.model, samples)
-    conversion = convert(ann, job.timesteps, data=samples, neuron=recipe.strategy.neuron)
+    norm = NORMALISATIONS[job.time_norm or "plain"]
+    conversion = convert(ann, job.timesteps, data=samples, neuron=recipe.strategy.neuron, normalisation=norm)
     report = conversion.report
     notices = (*source.notices, *inputs.notices, *report.notices)
     start = Start(conversion, source.model, inputs, source.record(), report.calibration, report.nodes(), notices)
