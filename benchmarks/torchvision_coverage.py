@@ -220,8 +220,8 @@ def table(outcomes: Sequence[Outcome], head: str) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
     return (
-        "# torchvision's classifiers\n\nWritten by `python benchmarks/torchvision_coverage.py --table FILE`, whose head "
-        f"says what is measured; reasons are the first that the audit gives.\n\n{head}\n\n{body}\n\n"
+        "# torchvision's classifiers\n\nWritten by `python benchmarks/torchvision_coverage.py --table FILE`, which "
+        f"says what is measured. Reasons are the first that the audit gives.\n\n{head}\n\n{body}\n\n"
         f"    {json.dumps(summary(outcomes))}\n"
     )
 
