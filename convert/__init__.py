@@ -4,6 +4,7 @@ from .loading import Source, load_source
 from .maxpool import MAXPOOLS, AveragePool, BeforeNeuron, Gated
 from .pipeline import Conversion, Recipe, assemble, convert
 from .prepare import prepare
+from .refine import refine
 from .rules import DEFAULT_RULES, ReluSurgery, as_neuron, from_qcfs, keep
 from .spike import DirectCoding, EventFrames
 from .storage import load, save
@@ -28,5 +29,6 @@ __all__ = [
     "load",
     "load_source",
     "prepare",
+    "refine",
     "save",
 ]

@@ -21,6 +21,7 @@ def describe_network(
     nodes: Mapping[str, Sequence[str]],
     evaluation: Evaluation | None,
     training_free: Evaluation | None = None,
+    diagnosis: Mapping[str, Any] | None = None,
     output: str | None = None,
     notices: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def describe_network(
         nodes: paths by fate: converted, kept, refused.
         evaluation: of the network as it is now, or None without data.
         training_free: of the network before fine-tuning, or None.
+        diagnosis: the errors of all sites, :meth:`lmh.calibrate.Diagnosis.to_json`, or None.
         output: file that it was written to.
         notices: sentences for the user.
     """
@@ -45,6 +47,7 @@ def describe_network(
         "training_free": _figures(training_free) if training_free else None,
         "sites": [_site(path, site, rates.get(path)) for path, site in sites(snn).items()],
         "nodes": {fate: list(paths) for fate, paths in nodes.items()},
+        "diagnosis": diagnosis,
         "energy": _energy(evaluation) if evaluation else None,
         "output": output,
         "exports": [],
