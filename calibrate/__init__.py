@@ -27,33 +27,59 @@ from ..errors import CalibrationError
 from ..records import Calibration, Prepared, Spike
 from ..spiking import PerLayer
 from .blocks import Block, blocks
+from .correct import changes, correct, replay
+from .corrections import BatchNormReestimation, BiasCorrection, Correction, InitialPotential, SpikingMinError
+from .diagnose import Diagnosis, SiteError, diagnose
 from .histogram import Histogram, observe
-from .policies import BatchNormStatistics, Max, MinError, Percentile, Policy
+from .policies import (
+    BatchNormStatistics,
+    KLDivergence,
+    LocalThresholdBalancing,
+    Max,
+    MinError,
+    Percentile,
+    Policy,
+)
 from .reconstruct import BlockResult, Reconstruction, reconstruct
 from .refit import refit, stand_ins
+from .regression import WeightRegression
 from .statistics import predicted_histograms
 
 __all__ = [
+    "BatchNormReestimation",
     "BatchNormStatistics",
+    "BiasCorrection",
     "Block",
     "BlockResult",
+    "Correction",
+    "Diagnosis",
+    "InitialPotential",
+    "KLDivergence",
+    "LocalThresholdBalancing",
     "Max",
     "MinError",
     "Percentile",
     "Policy",
     "Reconstruction",
+    "SiteError",
+    "SpikingMinError",
+    "WeightRegression",
     "automatic",
     "blocks",
     "calibrate",
+    "changes",
+    "correct",
+    "diagnose",
     "policy_text",
     "reconstruct",
     "refit",
+    "replay",
     "stand_ins",
 ]
 
 
 FROM_QCFS = "taken over from QCFS"
-_POLICIES = (Max, Percentile, MinError, BatchNormStatistics)
+_POLICIES = (Max, Percentile, MinError, BatchNormStatistics, LocalThresholdBalancing, KLDivergence)
 
 
 def calibrate(

@@ -38,7 +38,7 @@ def blocks(prepared: Prepared) -> list[Block]:
     [('1',), ('3',)]
     """
     graph, spiking = prepared.model.graph, set(prepared.spiking)
-    carried = _of_the_input(graph)
+    carried = of_the_input(graph)
     found: list[Block] = []
     inside: list[str] = []
     start = next(node.name for node in graph.nodes if node.op == "placeholder" and node.users)
@@ -58,7 +58,7 @@ def blocks(prepared: Prepared) -> list[Block]:
     return found
 
 
-def _of_the_input(graph: fx.Graph) -> set[fx.Node]:
+def of_the_input(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes that depend on the input; a size counts, as who reads it needs the tensor that it is of."""
     found: set[fx.Node] = set()
     for node in graph.nodes:

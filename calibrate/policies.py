@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..qcfs import quantize
 from ..spiking import PerChannel, PerLayer
-from .histogram import Histogram
+from .histogram import BINS, Histogram
 
 COARSE, FINE = 32, 8
 
@@ -158,3 +158,83 @@ def _levels(policy: MinError | BatchNormStatistics, timesteps: int) -> int:
             "the second at least 0, such as 1 and 0."
         )
     return min(timesteps, math.ceil(base + slope * timesteps))
+
+
+@dataclass(frozen=True)
+class LocalThresholdBalancing:
+    """θ where clipping and rounding are in balance (after Bu et al. 2025, local threshold balancing; solved by us).
+
+    Bu et al. move each channel's θ down the gradient of its local error, batch by batch. With x the pre-activation
+    and T steps, values above θ lose x − θ and the others are rounded to multiples of θ/T, with an error that is even
+    over one step:
+
+        F(θ) = E[(x − θ)₊²] + (θ/T)²/12 · P(0 < x ≤ θ)
+        F′(θ)/2 ≈ −E[(x − θ)₊] + θ/(12 T²) · P(0 < x ≤ θ)
+
+    The first term of F′ rises to 0 and the second grows, so it has one zero, which we read off the histogram instead
+    of descending to it. (What moves across θ with it, θ² p(θ)/(12 T²) in F′, is left out, as it makes F′ noisy.)
+    """
+
+    granularity: PerLayer | PerChannel = field(default_factory=PerChannel)
+    needs_data: ClassVar[bool] = True
+
+    def threshold(self, histogram: Histogram, timesteps: int) -> Tensor:
+        """Return the zero of F′, by linear interpolation between the edges of bins."""
+        counts, centers = histogram.counts, histogram.centers().double()
+        edges = torch.arange(BINS + 1, device=counts.device) * histogram.width.double()[:, None]
+        inside = torch.nn.functional.pad(counts.cumsum(1), (1, 0))
+        mass = torch.nn.functional.pad((counts * centers).cumsum(1), (1, 0))
+        clipped = (mass[:, -1:] - mass) - edges * (inside[:, -1:] - inside)
+        slope = edges * inside / (12 * timesteps**2) - clipped
+        right = (slope > 0).to(torch.int64).argmax(1, keepdim=True).clamp_min(1)
+        low, high = slope.gather(1, right - 1), slope.gather(1, right)
+        theta = edges.gather(1, right) - high / (high - low).clamp_min(1e-300) * histogram.width.double()[:, None]
+        found = torch.minimum(theta[:, 0].to(histogram.maximum.dtype), histogram.maximum)
+        return torch.where(histogram.maximum > 0, found, 0.0)
+
+
+@dataclass(frozen=True)
+class KLDivergence:
+    """θ whose T levels keep most of the distribution (entropy calibration, Migacz 2017, for the neuron's levels).
+
+    For every θ of a grid: P is the histogram of positive values up to θ, with all larger ones in its last bin. Q
+    spreads what lies in each cell of the quantised ReLU, from (k − ½)θ/T to (k + ½)θ/T, evenly over those of its bins
+    that P has filled. θ has the least Σ P log(P/Q).
+
+    Attributes:
+        candidates: how many θ are tried, evenly up to the top of the histogram.
+    """
+
+    candidates: int = 64
+    granularity: PerLayer | PerChannel = field(default_factory=PerChannel)
+    needs_data: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.candidates <= BINS:
+            raise ArgumentError(f"KLDivergence: {self.candidates} candidates; expected 1 to {BINS}, such as 64.")
+
+    def threshold(self, histogram: Histogram, timesteps: int) -> Tensor:
+        """Return the best θ of the grid, at most the maximum."""
+        least = torch.full_like(histogram.maximum, torch.inf)
+        best = histogram.maximum
+        for step in range(1, self.candidates + 1):
+            bins = step * BINS // self.candidates
+            theta = torch.minimum(bins * histogram.width, histogram.maximum)
+            divergence = self._divergence(histogram.counts, bins, timesteps)
+            better = divergence < least
+            least, best = torch.where(better, divergence.to(least), least), torch.where(better, theta, best)
+        return torch.where(histogram.maximum > 0, best, 0.0)
+
+    @staticmethod
+    def _divergence(counts: Tensor, bins: int, levels: int) -> Tensor:
+        """Return KL(P‖Q) of each channel for a θ at the upper edge of bin ``bins``."""
+        p = counts[:, :bins].clone()
+        inside = p > 0
+        p[:, -1] += counts[:, bins:].sum(1)
+        cells = ((torch.arange(bins, device=p.device) + 0.5) / bins * levels + 0.5).long().expand(len(p), -1)
+        empty = p.new_zeros(len(p), levels + 1)
+        held = empty.scatter_add(1, cells, counts[:, :bins])
+        filled = empty.scatter_add(1, cells, inside.to(p.dtype))
+        q = (held / filled.clamp_min(1)).gather(1, cells) * inside
+        p, q = (x / x.sum(1, keepdim=True).clamp_min(1e-300) for x in (p, q))
+        return torch.where(p > 0, p * (p.clamp_min(1e-300) / q.clamp_min(1e-12)).log(), 0.0).sum(1)

@@ -129,7 +129,7 @@ def open_inputs(
         ArgumentError: if normalisation and input size disagree.
     """
     known = source.card.preprocessing if source.card else None
-    size = input_size or (known.input_size if known else None)
+    size = input_size or (known.input_size if known else source.input_size)
     data = None if spec is None else zoo.load_data(spec, input_size=size or IMAGENET.input_size)
     assumed = []
     if size is None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import zoo
 from ..artifact import file_digest, user_path
 from ..errors import ArchitectureError, ArgumentError, SourceError
+from ..structures import INPUT_SIZE
 from ..zoo.registry import TORCHVISION, Card
 from .architectures import Fit, differences, fits, nearest, recognised, shapes_of
 from .checkpoints import chosen, is_average
@@ -36,6 +37,7 @@ class Source:
         digest: sha256 of the file, or None.
         notices: what was recognised, left out or assumed, in sentences.
         entry: of the checkpoint, where the user named one.
+        input_size: of one sample, [C, H, W], where the file says it and no card does.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class Source:
     digest: str | None = None
     notices: tuple[str, ...] = ()
     entry: str | None = None
+    input_size: tuple[int, ...] | None = None
 
     def record(self) -> dict[str, Any]:
         """Return what a manifest keeps to build the graph again."""
@@ -107,7 +110,7 @@ def load_source(
             if arch is not None:
                 raise ArgumentError(f"arch={arch!r} came with {path}, which holds a whole module. Leave it out.")
             model, more = _ready(path, found)
-            return Source(model, name, None, None, digest, (*notices, *more), entry)
+            return Source(model, name, None, None, digest, (*notices, *more), entry, _stated_size(model))
         state = found
         fit = _fit(path, state, card)
     notices = (*notices, *_said(fit, state, named=card is not None))
@@ -157,6 +160,13 @@ def _ready(path: Path, model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
             f"{path}: its module is damaged, or of another version of its class ({error}); expected a whole one. Save "
             "the state_dict alone with torch.save(model.state_dict(), file), where the module still works."
         ) from error
+
+
+def _stated_size(model: nn.Module) -> tuple[int, ...] | None:
+    """Return the size of the images that an exported network takes, [C, H, W], if its file says it."""
+    inputs = model.graph.find_nodes(op="placeholder") if isinstance(model, fx.GraphModule) else []
+    size = inputs[0].meta.get(INPUT_SIZE) if len(inputs) == 1 else None
+    return size if size is not None and len(size) == 3 else None
 
 
 def _of_program(

@@ -19,7 +19,7 @@ from ..arguments import (
     refuse,
     split_batch,
 )
-from ..calibrate import FROM_QCFS, Policy, automatic, calibrate, check_policy, refit, stand_ins
+from ..calibrate import FROM_QCFS, Policy, automatic, calibrate, check_policy, refit, replay, stand_ins
 from ..errors import ArgumentError
 from ..records import Calibration, Prepared, Report, Spike
 from ..spiking import LMH, sites
@@ -235,6 +235,7 @@ def assemble(prepared: Prepared, calibration: Calibration, recipe: Recipe, notic
             "sites. Calibrate this network."
         )
     snn = spike(prepared, calibration, recipe.neuron, recipe.encoding, recipe.timesteps, recipe.normalisation)
+    replay(snn, calibration)
     kept = [fate.path for fate in prepared.fates if fate.fate == "kept"]
     if kept:
         shown = ", ".join(kept[:8]) + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")

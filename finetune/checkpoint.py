@@ -159,8 +159,8 @@ class Keeper:
         path = next(path for path in before if before[path] != now.get(path))
         warnings.warn(
             f"{self.path}: {path} ran by the kernel {before[path]} until the checkpoint and runs by {now.get(path)} "
-            "now; the weights will be those of the unbroken run up to rounding, not bit for bit. Resume where torch.compile"
-            " has the same compiler for that.",
+            "now; the weights will be those of the unbroken run up to rounding, not bit for bit. Resume where "
+            "torch.compile has the same compiler for that.",
             stacklevel=2,
         )
 

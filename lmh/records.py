@@ -5,6 +5,7 @@ PREPARE → Prepared → calibrate → Calibration → SPIKE → Conversion → 
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -89,6 +90,8 @@ class Calibration:
         samples: how many samples were seen; 0 where none were needed.
         v_threshold: θ₀ by path, shape [] or [C], in the unit of the site's current.
         v_init: v_S[0]/θ by path, shape [] or [C].
+        tensors: what else differs from the ANN, by its name in the spiking network's state_dict: weights, biases,
+            buffers, raw λ and μ.
     """
 
     policy: str
@@ -96,6 +99,7 @@ class Calibration:
     samples: int
     v_threshold: Mapping[str, Tensor]
     v_init: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
@@ -104,10 +108,12 @@ class Calibration:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values that :meth:`from_json` reads back, exact for float32."""
+        """Return plain values that :meth:`from_json` reads back, exact for float32; ``tensors`` as bytes in base64."""
         plain = {name: getattr(self, name) for name in ("policy", "timesteps", "samples")}
         for name in ("v_threshold", "v_init"):
             plain[name] = {path: value.tolist() for path, value in getattr(self, name).items()}
+        if self.tensors:
+            plain["tensors"] = {name: _tensor_to_json(value) for name, value in self.tensors.items()}
         return plain
 
     @classmethod
@@ -117,7 +123,19 @@ class Calibration:
             name: {path: torch.tensor(value, dtype=torch.float32) for path, value in plain[name].items()}
             for name in ("v_threshold", "v_init")
         }
+        tensors["tensors"] = {name: _tensor_from_json(value) for name, value in plain.get("tensors", {}).items()}
         return cls(plain["policy"], plain["timesteps"], plain["samples"], **tensors)
+
+
+def _tensor_to_json(value: Tensor) -> dict[str, Any]:
+    data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    text = base64.b64encode(data).decode()
+    return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "base64": text}
+
+
+def _tensor_from_json(plain: Mapping[str, Any]) -> Tensor:
+    dtype, data = getattr(torch, plain["dtype"]), bytearray(base64.b64decode(plain["base64"]))
+    return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(plain["shape"])
 
 
 @dataclass(frozen=True)

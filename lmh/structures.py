@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 
 from .errors import ArgumentError
 
+INPUT_SIZE = "lmh_input_size"
+"""Key of a placeholder's ``meta``: the shape of one sample that a model file states, or None where it is open."""
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 Shape = tuple[int, ...]
 SampleShape = tuple[int, ...] | tuple[Shape, ...]

@@ -244,3 +244,18 @@ def test_an_onnx_file_is_a_source(tmp_path: Path) -> None:
     torch.onnx.export(net, (x,), str(file), dynamo=False)
     source = convert.load_source(str(file))
     assert torch.allclose(source.model(x), net(x), atol=1e-5)
+
+
+def test_the_input_size_that_a_model_file_states_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    net, x = zoo.load("digits-cnn"), torch.rand(2, 1, 8, 8)
+    torch.onnx.export(net, (x,), "fixed.onnx", dynamo=False)
+    torch.onnx.export(net, (x,), "open.onnx", dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "N", 2: "H"}})
+    torch.export.save(torch.export.export(net, (x,)), "fixed.pt2")
+    files = ("fixed.onnx", "open.onnx", "fixed.pt2")
+    sizes = [convert.load_source(file, trust_pickle=True).input_size for file in files]
+    assert sizes == [(1, 8, 8), None, (1, 8, 8)]
+    status, printed = command("convert", "fixed.onnx", "-T", 2, "--data", "digits", "--dry-run")
+    assert status == 0
+    assert "input size" not in printed
+    assert "Assumed, as nothing says it: input size" in command("convert", "open.onnx", "-T", 2, "--dry-run")[1]

@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ...errors import ArgumentError, AuditError
+from ...structures import INPUT_SIZE
 from ..audit import batch_problems
 from .aten import built
 from .calls import Call, Layer, as_it_is
@@ -111,6 +112,7 @@ class _Import:
     def _open(self, value: Any, node: fx.Node) -> None:
         if isinstance(value, fx.Node):
             self.values[value] = node
+            node.meta[INPUT_SIZE] = _size_of_sample(value.meta.get("val"))
         elif isinstance(value, list | tuple | dict):
             for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
                 self._open(inner, self.graph.call_function(operator.getitem, (node, key)))
@@ -198,6 +200,13 @@ def _foreign(value: Any) -> type | None:
 
 def _any_node(value: Any) -> bool:
     return any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(dict(value)))
+
+
+def _size_of_sample(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of one sample, [*F], or None where the program leaves an axis of it open."""
+    if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape[1:]):
+        return None
+    return tuple(value.shape[1:])
 
 
 def _leading(node: Any) -> Any:

@@ -15,11 +15,12 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import SourceError
+from ...structures import INPUT_SIZE
 from .fold import fold
 from .naming import Paths, identifier, path_of_constant, path_of_node, path_of_weight
 from .refusal import Missing, refuse
 from .registry import Registry
-from .trials import input_trials, tensor_type
+from .trials import input_trials, size_of_sample, tensor_type
 from .values import DTYPES, FIXED_BATCH_ADVICE, Call, Constant, Op, Signal, Sizes, UnsupportedFormError, Value, whole
 
 CLASS_NAME = "OnnxNetwork"
@@ -113,7 +114,9 @@ class _Builder:
             dtype = DTYPES[tensor_type(info).elem_type]
             with self.mode:
                 trials = tuple(torch.empty(shape, dtype=dtype) for shape in shapes[info.name][: 1 if alike else None])
-            signal = Signal(self.graph.placeholder(name), trials)
+            placeholder = self.graph.placeholder(name)
+            placeholder.meta[INPUT_SIZE] = size_of_sample(info)
+            signal = Signal(placeholder, trials)
             self._values[info.name] = signal
             self.sources = (*self.sources, signal)
 

@@ -63,6 +63,12 @@ def _symbols(info: ValueInfoProto) -> list[int | str]:
     ]
 
 
+def size_of_sample(info: ValueInfoProto) -> tuple[int, ...] | None:
+    """Return the shape of one sample, [*F], or None where the file leaves an axis of it open."""
+    dims = _symbols(info)[1:]
+    return tuple(dim for dim in dims if isinstance(dim, int)) if all(isinstance(dim, int) for dim in dims) else None
+
+
 def tensor_type(info: ValueInfoProto) -> TypeProto.Tensor:
     """Return the type of an input that is a tensor torch can hold.
 
