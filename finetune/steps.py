@@ -113,6 +113,7 @@ class Stepper:
         outputs = only_tensor(returned, "finetune")
         if index == 0:
             _check_classes(work.labels, outputs.shape[-1])
+            _check_teacher(work.target, outputs)
         outputs = widened(outputs)
         loss = combined(self.schedule.loss, self.schedule.distillation, outputs, work.labels, work.target)
         if work.features is None or self.schedule.distillation is None:
@@ -140,6 +141,14 @@ class Stepper:
 def time_of(model: nn.Module) -> TimeAxis | None:
     """Return the time axis of a spiking network, None for others."""
     return next((module.time for module in model.modules() if isinstance(module, Timed)), None)
+
+
+def _check_teacher(target: Tensor | None, outputs: Tensor) -> None:
+    if target is not None and target.shape[-1] != outputs.shape[-1]:
+        raise TrainingError(
+            f"the teacher has {target.shape[-1]} outputs and the network {outputs.shape[-1]}; expected the same. Use a "
+            "teacher that was trained on the same classes."
+        )
 
 
 def _check_classes(labels: Tensor | MixedLabels | None, classes: int) -> None:

@@ -235,6 +235,13 @@ def _epoch(task: Task, training: Training, stepper: Stepper, reporter: Reporter,
         except DivergedError as error:
             where = origin(model, work.inputs, work.target)
             raise _diverged(epoch, training.batch + 1, f"{error}; it began in {where}") from error
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise TrainingError(
+                f"epoch {epoch + 1}, batch {training.batch + 1}: BatchNorm was given a single value for each channel "
+                f"({count} samples); expected more. Use another batch size, drop_last=True, or FrozenBatchNorm()."
+            ) from error
         if training.average is not None:
             training.average.update(model, step)
         if group.world > 1:
