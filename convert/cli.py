@@ -18,6 +18,7 @@ from ..calibrate import Correction, Policy
 from ..cli import command_line, run
 from ..errors import ArgumentError, ArtifactError, DataError
 from ..evaluation import evaluate
+from ..pages import keep_freed_memory
 from ..records import Evaluation, plain_value
 from ..results import describe_network
 from ..terminal import Terminal, print_fates, print_result
@@ -341,6 +342,7 @@ def _training(job: Job, conversion: Conversion, source: Source, inputs: Inputs) 
 
     if inputs.train is None or getattr(inputs.train.split, "labels", None) is None:
         raise DataError(f"{job.data}: no labelled training samples; expected some for --finetune.")
+    keep_freed_memory()
     recipe = default_recipe(conversion, job.epochs, inputs.train, job.amounts.seed)
     checkpoint = Checkpoint(job.output.with_name(f"{job.output.name}.training"))
     return Training(conversion, recipe, inputs, source.model, checkpoint)

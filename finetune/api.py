@@ -147,9 +147,15 @@ def finetune(
     if not isinstance(strategy, Hybrid):
         return Finetuned(conversion.snn, (call.stbp(conversion.snn, strategy),), conversion)
     if teacher is None:
-        call = replace(call, teacher=network if isinstance(network, nn.Module) else conversion.prepared.model)
+        features = any(map(_distils_features, (schedule, strategy.qcfs)))
+        ann = conversion.prepared.model if features or isinstance(network, Conversion) else network
+        call = replace(call, teacher=ann)
     first, conversion = call.qcfs(conversion, strategy)
     return Finetuned(conversion.snn, (first, call.stbp(conversion.snn, strategy)), conversion)
+
+
+def _distils_features(schedule: Schedule) -> bool:
+    return schedule.distillation is not None and schedule.distillation.features > 0
 
 
 def _check_strategy(strategy: object) -> None:

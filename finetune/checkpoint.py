@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from ..artifact import read_tensors, user_path, write_tensors
 from ..errors import ArgumentError, ArtifactError, TrainingError
 from ..records import plain_value
+from ..spiking import kernels_used
 from .batches import Feed
 from .distributed import Group
-from .history import EpochResult
+from .history import EpochResult, bare_path
 from .optimiser import Average, momenta, plain_names, set_momenta
 
 
@@ -70,6 +72,7 @@ class Training:
         seen: number of those samples.
         average: of the weights, or None.
         best: tensors of the best epoch, or None.
+        kernels: that ran each site in the last training step, by path.
     """
 
     model: nn.Module
@@ -81,6 +84,7 @@ class Training:
     seen: int = 0
     average: Average | None = None
     best: dict[str, Tensor] | None = None
+    kernels: dict[str, str] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name, the random state among them."""
@@ -131,6 +135,7 @@ class Keeper:
         self.checkpoint, self.facts, self.group = checkpoint, dict(facts), group
         self.path = user_path(checkpoint.file)
         self.written = time.monotonic()
+        self.kernels: dict[str, str] | None = None
 
     def resume(self, training: Training) -> None:
         """Go on from the file, if there is one.
@@ -143,6 +148,21 @@ class Keeper:
             tensors, metadata = found
             history = [EpochResult.from_json(entry) for entry in metadata["history"]]
             training.restore(tensors, metadata["position"], history)
+            self.kernels = metadata["kernels"] or None
+
+    def note_kernels(self, training: Training) -> None:
+        """Note what ran the neurons; warn, once, where it is not what ran before the resume, as without a compiler."""
+        training.kernels = now = _kernels(training.model)
+        before, self.kernels = self.kernels, None
+        if before is None or before == now:
+            return
+        path = next(path for path in before if before[path] != now.get(path))
+        warnings.warn(
+            f"{self.path}: {path} ran by the kernel {before[path]} until the checkpoint and runs by {now.get(path)} "
+            "now; the weights will be those of the unbroken run up to rounding, not bit for bit. Resume where "
+            "torch.compile has the same compiler for that.",
+            stacklevel=2,
+        )
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if not self.path.exists():
@@ -175,9 +195,18 @@ class Keeper:
         """
         if not self.group.leads:
             return
-        facts = {**self.facts, "position": training.position(), "history": _plain(training.history)}
+        facts = {
+            **self.facts,
+            "position": training.position(),
+            "history": _plain(training.history),
+            "kernels": training.kernels,
+        }
         write_tensors(self.path, training.tensors(), facts)
         self.written = time.monotonic()
+
+
+def _kernels(model: nn.Module) -> dict[str, str]:
+    return {bare_path(path): kernel.value for path, kernel in kernels_used(model).items() if kernel is not None}
 
 
 def _plain(history: list[EpochResult]) -> list[dict[str, Any]]:

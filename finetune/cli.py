@@ -23,6 +23,7 @@ from ..convert.pipeline import Conversion, convert
 from ..convert.report_cli import source_ann, stored_preprocessing
 from ..convert.storage import MANIFEST, load, save
 from ..errors import ArgumentError, DataError, TrainingError
+from ..pages import keep_freed_memory
 from ..records import plain_value
 from ..results import describe_network
 from ..terminal import Terminal, print_result
@@ -58,7 +59,7 @@ class Job:
     modules: tuple[str, ...]
     time_norm: str | None
     output: Path
-    resume: bool
+    resume: Path | None
     checkpoint_steps: int | None
     checkpoint_minutes: float | None
     log: Path | None
@@ -68,13 +69,15 @@ class Job:
     @property
     def checkpoint(self) -> Checkpoint:
         """Return where the training is kept until its result is written."""
-        file = self.output.with_name(f"{self.output.name}.training")
+        beside = self.output.with_name(f"{self.output.name}.training")
+        file = beside if self.resume is None else user_path(self.resume) / "run.training"
         return Checkpoint(file, self.checkpoint_steps, self.checkpoint_minutes)
 
     @property
     def logs(self) -> list[Log]:
         """Return the logs that were asked for."""
-        logs: list[Log] = [] if self.log is None else [JSONLines(self.log)]
+        log = self.resume / "log.jsonl" if self.log is None and self.resume is not None else self.log
+        logs: list[Log] = [] if log is None else [JSONLines(log)]
         return logs if self.tensorboard is None else [*logs, TensorBoard(self.tensorboard)]
 
 
@@ -130,7 +133,11 @@ class Start:
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: NETWORK-tuned.safetensors here."
 )
-@click.option("--resume", is_flag=True, help="Refuse to start anew: there must be a checkpoint to go on from.")
+@click.option(
+    "--resume", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+    help="Folder of this run: its checkpoints, recipe.toml and log.jsonl. Made where there is none; beside the output, "
+    "checkpoints alone, unless given.",
+)  # fmt: skip
 @click.option("--checkpoint-steps", type=_COUNT, help="Write the checkpoint also after this many batches.")
 @click.option("--checkpoint-minutes", type=click.FloatRange(min=0, min_open=True), help="Also after this much time.")
 @click.option("--log", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="JSON lines, appended.")
@@ -211,19 +218,22 @@ def _default_output(network: str, timesteps: int | None) -> Path:
 def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
     """Load, convert where needed, measure, train, measure, save. Return the result as plain values."""
     check_output(job.output, job.network, job.data)
-    if job.resume and not any(map(_exists, (job.checkpoint, job.checkpoint.of_stage("qcfs")))):
-        raise TrainingError(
-            f"{job.checkpoint.file}: no checkpoint to go on from; expected one of a run with the same --output. "
-            "Leave --resume out to start anew."
-        )
+    if job.resume is not None:
+        _make_folder(user_path(job.resume))
+        if Group.current().leads and not any(map(_exists, (job.checkpoint, job.checkpoint.of_stage("qcfs")))):
+            terminal.notice(f"{job.resume}: there is no checkpoint yet; the run starts anew.")
+    keep_freed_memory()
     torch.manual_seed(job.amounts.seed)
     spiking = job.timesteps is None
     start, recipe = _from_snn(job, wishes, terminal) if spiking else _from_ann(job, wishes, terminal)
     for notice in start.notices:
         terminal.notice(notice)
-    if job.save_recipe is not None:
-        write_recipe(recipe, job.save_recipe)
-    training = Training(start.network, recipe, start.inputs, _teacher(job, start), job.checkpoint, job.logs)
+    if Group.current().leads:
+        for file in (job.save_recipe, None if job.resume is None else user_path(job.resume) / "recipe.toml"):
+            if file is not None:
+                write_recipe(recipe, file)
+    teacher = _teacher(job, start, recipe)
+    training = Training(start.network, recipe, start.inputs, teacher, job.checkpoint, job.logs)
     before = measured(start.snn, start.inputs.test, start.ann, terminal, "measuring")
     tuned = training.run(terminal)
     stages = training.stages(tuned, terminal)
@@ -245,6 +255,15 @@ def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
     if Group.current().leads:
         _save(job, start, training, tuned, result)
     return result
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(
+            f"{folder}: cannot be made ({error.strerror}); expected a folder for the run. Name another with --resume."
+        ) from error
 
 
 def _exists(checkpoint: Checkpoint) -> bool:
@@ -271,9 +290,11 @@ def _save(job: Job, start: Start, training: Training, tuned: Any, result: dict[s
     training.forget()
 
 
-def _teacher(job: Job, start: Start) -> nn.Module | None:
+def _teacher(job: Job, start: Start, recipe: TrainingRecipe) -> nn.Module | None:
     if job.teacher is None:
-        return start.ann
+        distillation = recipe.schedule.distillation
+        features = distillation is not None and distillation.features > 0
+        return start.network.prepared.model if features and isinstance(start.network, Conversion) else start.ann
     found = load_source(job.teacher, trust_pickle=job.trust_pickle, modules=job.modules)
     return found.model.to(job.device)
 

@@ -25,7 +25,6 @@ _SHARE = click.FloatRange(0, 1)
 _COUNT = click.IntRange(min=1)
 MIXES = {"mixup": Mixup(), "cutmix": CutMix()}
 BATCH_NORMS = {"live": LiveBatchNorm(), "frozen": FrozenBatchNorm(), "synced": SyncedBatchNorm()}
-PRECISIONS = {"fp32": Float32(), "bf16": BFloat16()}
 _OPTIONS = (
     click.option("--epochs", type=_COUNT, help="In all stages together. 10 unless given."),
     click.option(
@@ -36,6 +35,7 @@ _OPTIONS = (
     click.option("--accumulate", is_flag=True, help="Update once a batch, not after each slice."),
     click.option("--qcfs-epochs", type=_COUNT, help="Of hybrid's first stage, out of --epochs."),
     click.option("--qcfs-lr", type=_RATE, help="Learning rate of hybrid's first stage."),
+    click.option("--qcfs-warmup", type=click.IntRange(min=0), metavar="BATCHES", help="Of that stage."),
     click.option("--leak", type=click.FloatRange(0, 1, min_open=True), help="λ of progressive's LIF start; 0.5."),
     click.option(
         "--membrane", type=click.Choice(["layer", "channel", "step", "wider"]),
@@ -47,8 +47,13 @@ _OPTIONS = (
     click.option("--weight-decay", type=click.FloatRange(min=0), help="Of the weights."),
     click.option("--batch-size", type=_COUNT, help="32 to 128, by the number of images, unless given."),
     click.option("--loss", type=click.Choice(["ce", "tet"]), help="Cross-entropy of the mean, or of every step (TET)."),
+    click.option("--tet-lambda", type=_SHARE, metavar="λ", help="Of TET's pull on logits, 0.05; 0 for large ones."),
     click.option("--label-smoothing", type=_SHARE, help="With --loss ce."),
     click.option("--distill", type=_SHARE, metavar="WEIGHT", help="Share of the teacher in the loss; 0.9."),
+    click.option(
+        "--distill-features", type=click.FloatRange(min=0), metavar="WEIGHT",
+        help="Of the distance between the neurons' mean outputs and the ANN's activations; for an ANN.",
+    ),
     click.option("--no-teacher", is_flag=True, help="Learn from the labels alone."),
     click.option("--temperature", type=_RATE, help="Of the teacher's outputs; 2."),
     click.option("--mix", type=click.Choice(list(MIXES)), multiple=True, help="Mix images; may be given twice."),
@@ -60,7 +65,8 @@ _OPTIONS = (
         "--batch-norm", type=click.Choice(list(BATCH_NORMS)),
         help="By the batch, by the network's own statistics, or by the batch over all GPUs; live unless given.",
     ),
-    click.option("--precision", type=click.Choice(list(PRECISIONS)), help="fp32 unless given."),
+    click.option("--amp", is_flag=True, help="Train in bfloat16 by autocast, channels last; neurons in fp32."),
+    click.option("--channels-last", is_flag=True, help="Store activations channels last in fp32 too."),
 )  # fmt: skip
 _NAMES = [
     "epochs",
@@ -69,6 +75,7 @@ _NAMES = [
     "accumulate",
     "qcfs_epochs",
     "qcfs_lr",
+    "qcfs_warmup",
     "leak",
     "membrane",
     "lr",
@@ -77,8 +84,10 @@ _NAMES = [
     "weight_decay",
     "batch_size",
     "loss",
+    "tet_lambda",
     "label_smoothing",
     "distill",
+    "distill_features",
     "no_teacher",
     "temperature",
     "mix",
@@ -87,7 +96,8 @@ _NAMES = [
     "ema",
     "early_stopping",
     "batch_norm",
-    "precision",
+    "amp",
+    "channels_last",
 ]
 
 
@@ -108,6 +118,7 @@ class Wishes:
     accumulate: bool
     qcfs_epochs: int | None
     qcfs_lr: float | None
+    qcfs_warmup: int | None
     leak: float | None
     membrane: str | None
     lr: float | None
@@ -116,8 +127,10 @@ class Wishes:
     weight_decay: float | None
     batch_size: int | None
     loss: str | None
+    tet_lambda: float | None
     label_smoothing: float | None
     distill: float | None
+    distill_features: float | None
     no_teacher: bool
     temperature: float | None
     mix: tuple[str, ...]
@@ -126,7 +139,8 @@ class Wishes:
     ema: float | None
     early_stopping: int | None
     batch_norm: str | None
-    precision: str | None
+    amp: bool
+    channels_last: bool
     recipe: str | None
 
     @classmethod
@@ -149,7 +163,7 @@ class Wishes:
         """Refuse options that another one gives no meaning."""
         needs = {
             "slice_steps": ("time-sliced", "hybrid"), "accumulate": ("time-sliced", "hybrid"),
-            "qcfs_epochs": ("hybrid", None), "qcfs_lr": ("hybrid", None),
+            "qcfs_epochs": ("hybrid", None), "qcfs_lr": ("hybrid", None), "qcfs_warmup": ("hybrid", None),
             "leak": ("progressive",), "membrane": ("progressive",),
         }  # fmt: skip
         for name, strategies in needs.items():
@@ -159,8 +173,10 @@ class Wishes:
             raise click.UsageError("--strategy time-sliced needs --slice K, a divisor of T.")
         if self.accumulate and self.slice_steps is None:
             raise click.UsageError("--accumulate goes with --slice K. Add it, or leave it out.")
-        if self.no_teacher and (self.distill is not None or self.temperature is not None):
-            raise click.UsageError("--no-teacher came with --distill or --temperature. Leave one out.")
+        if self.no_teacher and any(x is not None for x in (self.distill, self.distill_features, self.temperature)):
+            raise click.UsageError("--no-teacher came with --distill… or --temperature. Leave one out.")
+        if self.loss != "tet" and self.tet_lambda is not None:
+            raise click.UsageError("--tet-lambda goes with --loss tet. Add it, or leave it out.")
         if self.loss == "tet" and self.label_smoothing is not None:
             raise click.UsageError("--label-smoothing goes with --loss ce. Leave one out.")
 
@@ -178,7 +194,7 @@ class Wishes:
         """
         if self.recipe is not None:
             return read_recipe(self.recipe)
-        for name in ("qcfs_epochs", "qcfs_lr", "leak", "membrane"):
+        for name in ("qcfs_epochs", "qcfs_lr", "qcfs_warmup", "leak", "membrane", "distill_features"):
             if spiking and getattr(self, name) is not None:
                 raise click.UsageError(f"{_flag(name)} is for an ANN; the network spikes already. Leave it out.")
         batches = replace(batches, batch_size=self.batch_size or batches.batch_size)
@@ -225,20 +241,27 @@ class Wishes:
         wished: dict[str, Any] = {
             "lr": self.lr if last else self.qcfs_lr,
             "neuron_lr": self.neuron_lr,
-            "warmup_steps": self.warmup,
+            "warmup_steps": self.warmup if last or self.qcfs_warmup is None else self.qcfs_warmup,
             "weight_decay": self.weight_decay,
             "mixing": tuple(MIXES[name] for name in self.mix) or None,
             "ema": None if self.ema is None else EMA(self.ema),
             "early_stopping": None if self.early_stopping is None else EarlyStopping(self.early_stopping),
             "batch_norm": None if self.batch_norm is None else BATCH_NORMS[self.batch_norm],
-            "precision": None if self.precision is None else PRECISIONS[self.precision],
+            "precision": BFloat16() if self.amp else Float32(self.channels_last),
             "distillation": Distillation(
-                known.weight if self.distill is None else self.distill, self.temperature or known.temperature
+                known.weight if self.distill is None else self.distill,
+                self.temperature or known.temperature,
+                self.distill_features or 0.0,
             ),
-            "loss": TET() if self.loss == "tet" and last else CrossEntropy(self.label_smoothing or 0.0),
+            "loss": self._loss() if last else CrossEntropy(self.label_smoothing or 0.0),
         }
         found = replace(schedule, **{name: value for name, value in wished.items() if value is not None})
         return replace(found, distillation=None) if self.no_teacher else found
+
+    def _loss(self) -> CrossEntropy | TET:
+        if self.loss == "tet":
+            return TET() if self.tet_lambda is None else TET(self.tet_lambda)
+        return CrossEntropy(self.label_smoothing or 0.0)
 
     def _augmentation(self, usual: Augmentation | None) -> Augmentation | None:
         more: list[Augmentation] = [AutoAugment()] if self.autoaugment else []

@@ -77,7 +77,8 @@ def taken_over(network: fx.GraphModule, conversion: Conversion) -> Conversion:
     prepared = replace(conversion.prepared, model=model)
     thresholds = {path: _qcfs(network, path).v_threshold.detach().clone() for path in prepared.spiking}
     halves = {path: torch.full_like(theta, 0.5) for path, theta in thresholds.items()}
-    calibration = replace(conversion.calibration, policy=FROM_QCFS, v_threshold=thresholds, v_init=halves)
+    found = conversion.calibration
+    calibration = Calibration(FROM_QCFS, found.timesteps, found.samples, thresholds, halves)
     return assemble(prepared, calibration, conversion.recipe)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -77,12 +78,18 @@ class Distillation:
     Attributes:
         weight: share of the whole loss, the rest goes to the labels.
         temperature: τ.
+        features: weight of the features' share, which is added: the mean over layers of ‖r − a‖²/‖a‖² between the mean
+            outputs r of the neurons and the teacher's activations a. It needs a teacher with a module at the path of
+            every neuron, such as ``conversion.prepared.model``.
     """
 
     weight: float = 0.9
     temperature: float = 2.0
+    features: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.features < math.inf:
+            raise ArgumentError(f"Distillation: features is {self.features}; expected a weight of at least 0.")
         if not (0 <= self.weight <= 1 and self.temperature > 0):
             raise ArgumentError(
                 f"Distillation: weight {self.weight} and temperature {self.temperature} came; expected a weight from "

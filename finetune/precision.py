@@ -53,7 +53,7 @@ class BFloat16:
         if not supported:
             raise ArgumentError(
                 f"BFloat16: this {device.type} does not compute in bfloat16; expected a CPU with AVX-512 or a GPU from "
-                "2020 on. Use Float32(), on the command line --precision fp32."
+                "2020 on. Use Float32(), on the command line leave --amp out."
             )
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:

@@ -12,7 +12,8 @@ from ..errors import TrainingError
 from ..spiking import SpikingSite
 from ..structures import only_tensor
 from ..time_axis import Readout, TimeAxis, Timed, call, carry_state
-from .batches import Inputs, takes_events
+from .batches import Inputs, batch_axis, takes_events
+from .features import Features, distance, mean_over_time, neurons_of, noted
 from .losses import combined
 from .mixing import MixedLabels
 from .precision import stored_input, widened
@@ -28,12 +29,14 @@ class Work:
         inputs: each [N, *F], or [T, N, *F] for event frames.
         labels: [N], mixed ones, or None.
         target: the teacher's outputs, [N, C], or None.
+        features: the teacher's activations by path, or None.
         weight: of its loss; the mean over the processes of a group is 1, so that samples count alike.
     """
 
     inputs: Inputs
     labels: Tensor | MixedLabels | None
     target: Tensor | None
+    features: Features | None = None
     weight: float = 1.0
 
 
@@ -61,6 +64,7 @@ class Stepper:
         self.steps = strategy.slice_steps(self.time.timesteps) if self.time else 0
         self.strategy = strategy
         self.every_slice = isinstance(strategy.update, EverySlice)
+        self.sources = neurons_of(model)
         self.neurons = [
             (name, parameter)
             for module in model.modules()
@@ -97,7 +101,8 @@ class Stepper:
     def _loss(self, work: Work, index: int) -> Tensor:
         per_step = self.schedule.loss.per_step
         inputs = tuple(stored_input(x, self.schedule.precision) for x in work.inputs)
-        with self.schedule.precision.autocast(self.device):
+        watched = self.sources if work.features is not None else {}
+        with self.schedule.precision.autocast(self.device), noted(watched) as features:
             if self.time is None:
                 returned = self.model(*inputs)
             else:
@@ -108,8 +113,13 @@ class Stepper:
         outputs = only_tensor(returned, "finetune")
         if index == 0:
             _check_classes(work.labels, outputs.shape[-1])
+            _check_teacher(work.target, outputs)
         outputs = widened(outputs)
-        return combined(self.schedule.loss, self.schedule.distillation, outputs, work.labels, work.target)
+        loss = combined(self.schedule.loss, self.schedule.distillation, outputs, work.labels, work.target)
+        if work.features is None or self.schedule.distillation is None:
+            return loss
+        means = mean_over_time(features, inputs[0].shape[batch_axis(self.model)])
+        return loss + self.schedule.distillation.features * distance(means, work.features)
 
     def _freeze(self, beginnings: tuple[str, ...]) -> None:
         """Drop the gradients of neuron parameters that do not learn yet; the optimiser then passes them over."""
@@ -131,6 +141,14 @@ class Stepper:
 def time_of(model: nn.Module) -> TimeAxis | None:
     """Return the time axis of a spiking network, None for others."""
     return next((module.time for module in model.modules() if isinstance(module, Timed)), None)
+
+
+def _check_teacher(target: Tensor | None, outputs: Tensor) -> None:
+    if target is not None and target.shape[-1] != outputs.shape[-1]:
+        raise TrainingError(
+            f"the teacher has {target.shape[-1]} outputs and the network {outputs.shape[-1]}; expected the same. Use a "
+            "teacher that was trained on the same classes."
+        )
 
 
 def _check_classes(labels: Tensor | MixedLabels | None, classes: int) -> None:

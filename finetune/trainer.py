@@ -20,6 +20,7 @@ from .batches import EpochBatches, Feed, Inputs, MeanOverFrames, check_training_
 from .checkpoint import Checkpoint, Keeper, Training, start_of
 from .diagnosis import broken_tensor, origin
 from .distributed import ALONE, Group
+from .features import counterparts, mean_over_time, noted
 from .history import EpochResult, neuron_values
 from .log import Log, OnProgress, check_logs, opened
 from .mixing import mixed
@@ -234,6 +235,13 @@ def _epoch(task: Task, training: Training, stepper: Stepper, reporter: Reporter,
         except DivergedError as error:
             where = origin(model, work.inputs, work.target)
             raise _diverged(epoch, training.batch + 1, f"{error}; it began in {where}") from error
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise TrainingError(
+                f"epoch {epoch + 1}, batch {training.batch + 1}: BatchNorm was given a single value for each channel "
+                f"({count} samples); expected more. Use another batch size, drop_last=True, or FrozenBatchNorm()."
+            ) from error
         if training.average is not None:
             training.average.update(model, step)
         if group.world > 1:
@@ -241,9 +249,11 @@ def _epoch(task: Task, training: Training, stepper: Stepper, reporter: Reporter,
         training.loss, training.seen = training.loss + loss * count, training.seen + count
         training.batch += 1
         reporter.batch(training, loss, count)
-        if keeper is not None and keeper.due(step + 1):
-            _check_tensors(training)
-            keeper.write(training)
+        if keeper is not None:
+            keeper.note_kernels(training)
+            if keeper.due(step + 1):
+                _check_tensors(training)
+                keeper.write(training)
     _check_tensors(training)
     _end_epoch(task, training)
     if keeper is not None:
@@ -272,9 +282,12 @@ def _work(task: Task, inputs: Inputs, y: Tensor | None, seed: int) -> Work:
         return Work(inputs, labels, None)
     teacher = task.teacher if not events or takes_events(task.teacher) else MeanOverFrames(task.teacher)
     precision = task.schedule.precision
-    with torch.no_grad(), precision.autocast(inputs[0].device):
+    wanted = task.schedule.distillation.features > 0
+    sources = counterparts(task.model, teacher) if wanted else {}
+    with torch.no_grad(), precision.autocast(inputs[0].device), noted(sources) as features:
         outputs = teacher(*(stored_input(x, precision) for x in inputs))
-        return Work(inputs, labels, widened(only_tensor(outputs, "finetune")))
+    found = mean_over_time(features, samples(task.model, inputs)) if wanted else None
+    return Work(inputs, labels, widened(only_tensor(outputs, "finetune")), found)
 
 
 def _end_epoch(task: Task, training: Training) -> None:

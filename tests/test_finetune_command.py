@@ -23,8 +23,10 @@ from lmh.finetune import (
     BFloat16,
     CrossEntropy,
     CutMix,
+    Distillation,
     EarlyStopping,
     EverySlice,
+    Float32,
     Hybrid,
     Mixup,
     OncePerBatch,
@@ -33,6 +35,7 @@ from lmh.finetune import (
     TimeSliced,
 )
 from lmh.finetune.recipe import TrainingRecipe, read_recipe, toml, write_recipe
+from lmh.normalisation import StepScale
 from lmh.spiking import LIF, LMH, PerChannel, PerStep
 from lmh.zoo import Batches, CropFlip, Cutout, InTurn
 
@@ -211,6 +214,25 @@ class TestTheOptions:
         ]  # fmt: skip
         assert first.loss == second.loss == CrossEntropy(0.1)
 
+    def test_warm_up_of_each_stage(self) -> None:
+        recipe = wished("--strategy", "hybrid", "--epochs", 3, "--warmup", 7, "--qcfs-warmup", 0)
+        assert isinstance(recipe.strategy, Hybrid)
+        assert (recipe.strategy.qcfs.warmup_steps, recipe.schedule.warmup_steps) == (0, 7)
+
+    def test_features_are_distilled_in_both_stages(self) -> None:
+        recipe = wished("--strategy", "hybrid", "--epochs", 3, "--distill-features", 0.5, "--temperature", 4)
+        assert isinstance(recipe.strategy, Hybrid)
+        expected = Distillation(temperature=4, features=0.5)
+        assert recipe.strategy.qcfs.distillation == recipe.schedule.distillation == expected
+
+    def test_time_norm_and_lambda_of_tet(self) -> None:
+        result = tuned(*ANN, "--epochs", 1, "--strategy", "stbp", "--time-norm", "tebn", "--loss", "tet",
+                       "--tet-lambda", 0, "--channels-last")  # fmt: skip
+        recipe = recipe_of(result["output"])
+        assert (recipe.schedule.loss, recipe.schedule.precision) == (TET(0), Float32(channels_last=True))
+        snn = convert.load(result["output"])
+        assert any(isinstance(module, StepScale) for module in snn.modules())
+
     def test_tet_is_the_spiking_networks_alone(self) -> None:
         recipe = wished("--strategy", "hybrid", "--epochs", 3, "--loss", "tet")
         assert isinstance(recipe.strategy, Hybrid)
@@ -221,7 +243,7 @@ class TestTheOptions:
         recipe = wished(
             "--strategy", "stbp", "--epochs", 7, "--lr", 0.1, "--neuron-lr", 0.2, "--warmup", 3, "--weight-decay", 0.3,
             "--batch-size", 16, "--loss", "tet", "--distill", 0.4, "--temperature", 3, "--mix", "mixup",
-            "--mix", "cutmix", "--cutout", 4, "--ema", 0.9, "--early-stopping", 2, "--precision", "bf16", "--seed", 5,
+            "--mix", "cutmix", "--cutout", 4, "--ema", 0.9, "--early-stopping", 2, "--amp", "--seed", 5,
         )  # fmt: skip
         schedule = recipe.schedule
         assert (schedule.epochs, schedule.lr, schedule.neuron_lr, schedule.warmup_steps) == (7, 0.1, 0.2, 3)
@@ -270,18 +292,38 @@ class TestResuming:
             assert command("finetune", *ANN, "--epochs", 3, *FAST).status == 130
         name = "digits-cnn-snn-T2.safetensors"
         assert sorted(path.name for path in Path().iterdir()) == [f"{name}-qcfs.training", f"{name}.training"]
-        printed = command("finetune", *ANN, "--epochs", 3, *FAST, "--resume", "--json")
+        printed = command("finetune", *ANN, "--epochs", 3, *FAST, "--json")
         assert printed.status == 0
         assert "STBP goes on from its checkpoint at epoch 2, batch 1." in printed.err
         assert printed.result["snn_accuracy"] == result["snn_accuracy"]
         assert same(folder / name, name)
         assert [path.name for path in Path().iterdir()] == [name]
 
-    def test_without_a_checkpoint_there_is_nothing_to_resume(self) -> None:
-        printed = command("finetune", *ANN, *FAST, "--resume")
-        assert printed.status == 1
-        assert "no checkpoint to go on from" in printed.err
-        assert "Leave --resume out" in printed.err
+    def test_a_run_has_a_folder_of_its_own(
+        self, hybrid: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder, result = hybrid
+        arguments = ("finetune", *ANN, "--epochs", 3, *FAST, "--resume", "runs/a", "--json")
+        begin = Batches.at_epoch
+
+        def killed(self: Batches, epoch: int) -> Batches:
+            if epoch == 1:
+                raise KeyboardInterrupt
+            return begin(self, epoch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Batches, "at_epoch", killed)
+            first = command(*arguments)
+        assert (first.status, "runs/a: there is no checkpoint yet" in first.err) == (130, True)
+        files = ["log.jsonl", "recipe.toml", "run-qcfs.training", "run.training"]
+        assert sorted(path.name for path in Path("runs/a").iterdir()) == files
+        printed = command(*arguments)
+        assert printed.result["snn_accuracy"] == result["snn_accuracy"]
+        assert same(folder / "digits-cnn-snn-T2.safetensors", "digits-cnn-snn-T2.safetensors")
+        assert sorted(path.name for path in Path("runs/a").iterdir()) == ["log.jsonl", "recipe.toml"]
+        events = [json.loads(line)["event"] for line in Path("runs/a/log.jsonl").read_text().splitlines()]
+        assert events.count("epoch") == 3
+        assert read_recipe("runs/a/recipe.toml") == recipe_of("digits-cnn-snn-T2.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -304,7 +346,10 @@ class TestResuming:
         (1, ("gone.pt", "-T", 2, *FAST), ["gone.pt", "no such file"]),
         (2, (*ANN, "--data", "nothing"), ["'nothing'", "not known"]),
         (1, (*ANN, *FAST, "--output", "gone/x"), ["gone/x", "cannot be written"]),
-        (2, (*ANN, *FAST, "--precision", "fp16"), ["fp16", "bf16"]),
+        (2, (*ANN, *FAST, "--tet-lambda", 0.1), ["--tet-lambda goes with --loss tet"]),
+        (2, ("zoo:digits-cnn-t4", *FAST, "--time-norm", "tebn"), ["--time-norm is for an ANN"]),
+        (2, ("zoo:digits-cnn-t4", *FAST, "--distill-features", 1), ["--distill-features is for an ANN"]),
+        (1, (*ANN, *FAST, "--resume", "/dev/null/run"), ["/dev/null/run: cannot be made", "Name another"]),
     ],
     ids=lambda value: " ".join(map(str, value))[:60] if isinstance(value, tuple) else "",
 )  # fmt: skip

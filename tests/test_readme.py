@@ -7,17 +7,20 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import click
 import pytest
 
 from lmh.cli import lmh, run
 from lmh.convert.cli import convert_command
+from lmh.finetune.cli import finetune_command
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+FINETUNING = (ROOT / "docs" / "finetuning.md").read_text()
 
 
-def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(kind: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def commands(text: str) -> list[list[str]]:
@@ -45,6 +48,26 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(found) >= 4
     for words in found:
         assert execute(words) == 0, words
+
+
+def test_the_python_block_on_fine_tuning_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    [block] = blocks("python", FINETUNING)
+    names: dict[str, object] = {}
+    exec(compile(block, "finetuning.md", "exec"), names)
+    assert Path("run.jsonl").exists()
+
+
+def test_every_option_of_the_commands_on_fine_tuning_exists() -> None:
+    joined = [block.replace("\\\n", " ") for block in blocks("console", FINETUNING)]
+    found = [words for block in joined for words in commands(block)]
+    assert len(found) >= 4
+    for words in found:
+        assert words[1] == "finetune"
+        context = click.Context(finetune_command)
+        values, rest, _ = finetune_command.make_parser(context).parse_args(words[2:])
+        assert "data" in values
+        assert rest == []
 
 
 def test_the_first_screen_holds_the_two_commands() -> None:

@@ -7,9 +7,11 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import nets
-from lmh import zoo
+from lmh import Kernel, use_kernel, zoo
 from lmh.artifact import read_tensors
 from lmh.convert import convert
 from lmh.errors import ArgumentError, ArtifactError, TrainingError
@@ -195,6 +197,21 @@ def test_sigkill_at_any_moment_loses_nothing(tmp_path: Path) -> None:
 
 
 class TestTheFile:
+    def test_it_says_which_kernel_ran_and_a_resume_by_another_warns(self, tmp_path: Path) -> None:
+        batches = [(torch.rand(4, 4), torch.tensor([0, 1, 2, 0])) for _ in range(3)]
+        snn = convert(nets.two_layers(), 2, data=batches).snn
+        start, again = copy.deepcopy(snn), copy.deepcopy(snn)
+        kept = Checkpoint(tmp_path / "run", steps=1)
+        with use_kernel(Kernel.EAGER), pytest.raises(KeyboardInterrupt):
+            finetune(snn, batches, epochs=1, checkpoint=kept, on_batch=StopAt(3))
+        assert set(read_tensors(tmp_path / "run")[1]["kernels"].values()) == {"eager"}
+        shutil.copy(tmp_path / "run", tmp_path / "copy")
+        with pytest.warns(UserWarning, match=r"ran by the kernel eager until the checkpoint and runs by fused now"):
+            finetune(start, batches, epochs=1, checkpoint=kept)
+        with use_kernel(Kernel.EAGER), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            finetune(again, batches, epochs=1, checkpoint=tmp_path / "copy")
+
     def test_it_is_written_by_steps_and_at_the_end_of_epochs(self, tmp_path: Path) -> None:
         written: list[tuple[int, int]] = []
         file = tmp_path / "run"

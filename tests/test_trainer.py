@@ -29,6 +29,7 @@ from lmh.finetune import (
     Distillation,
     EarlyStopping,
     Float32,
+    FrozenBatchNorm,
     Mixup,
     Schedule,
     finetune,
@@ -411,3 +412,17 @@ def test_distillation_weighs_labels_and_teacher_of_mixed_batches() -> None:
     ours = combined(CrossEntropy(), Distillation(0.4), outputs, labels, teacher)
     hard = 0.25 * F.cross_entropy(outputs, labels.first) + 0.75 * F.cross_entropy(outputs, labels.second)
     assert torch.allclose(ours, 0.6 * hard + 0.4 * Distillation(0.4)(outputs, teacher))
+
+
+def test_a_last_batch_of_one_sample_before_batch_norm_says_what_to_do() -> None:
+    network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    data = [(torch.rand(8, 4), torch.randint(3, (8,))), (torch.rand(1, 4), torch.tensor([0]))]
+    with pytest.raises(TrainingError, match=r"epoch 1, batch 2: BatchNorm .* \(1 samples\).*FrozenBatchNorm\(\)"):
+        fit(network, data, None, Schedule(epochs=1))
+    fit(network, data, None, Schedule(epochs=1, batch_norm=FrozenBatchNorm()))
+
+
+def test_a_teacher_of_other_classes_is_refused() -> None:
+    data = [(torch.rand(8, 4), torch.randint(3, (8,)))]
+    with pytest.raises(TrainingError, match=r"the teacher has 5 outputs and the network 3; expected the same\. Use"):
+        fit(nets.two_layers(), data, None, Schedule(epochs=1), teacher=nn.Linear(4, 5))
