@@ -21,6 +21,7 @@ from ..arguments import (
 )
 from ..calibrate import FROM_QCFS, Policy, automatic, calibrate, check_policy, refit, replay, stand_ins
 from ..errors import ArgumentError
+from ..readout import READOUTS, Average, MeanReadout
 from ..records import Calibration, Prepared, Report, Spike
 from ..spiking import LMH, sites
 from ..structures import SampleShape, as_sample_shape, input_count
@@ -45,6 +46,7 @@ class Recipe:
         keep: paths that stay analog.
         surgery: the types that neurons stand in for where no rule applies; None refuses them.
         maxpool: what became of max-pools.
+        readout: how steps become one answer; all T of them count.
     """
 
     timesteps: int
@@ -54,6 +56,7 @@ class Recipe:
     keep: tuple[str, ...] = ()
     surgery: StandIns | None = None
     maxpool: MaxPool = field(default_factory=BeforeNeuron)
+    readout: Average = field(default_factory=MeanReadout)
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,6 +99,7 @@ def convert(
     keep: Iterable[str] = (),
     surgery: ReluSurgery | None = None,
     maxpool: MaxPool | None = None,
+    readout: Average | None = None,
 ) -> Conversion:
     """Convert a pretrained ANN to a spiking network of LM-H neurons.
 
@@ -121,6 +125,8 @@ def convert(
             normalisations analog; fine-tune afterwards. Unless given, all of them are refused.
         maxpool: what becomes of max-pools: ``BeforeNeuron()`` unless given, ``Gated()``, or ``AveragePool()``, which
             changes the function and wants fine-tuning.
+        readout: ``MeanReadout()`` unless given, ``DelayedReadout(steps)`` or ``WeightedReadout(weights)``: how the
+            outputs of T steps become one answer. T is the number of all steps that run, read or not.
 
     Returns:
         The spiking network with its calibration and report.
@@ -141,14 +147,19 @@ def convert(
     encoding = DirectCoding() if encoding is None else encoding
     neuron = LMH() if neuron is None else neuron
     maxpool = BeforeNeuron() if maxpool is None else maxpool
+    readout = MeanReadout() if readout is None else readout
     kept = _checked_options(neuron, encoding, keep, surgery, rules, maxpool)
+    check_kind(
+        "convert: readout", readout, READOUTS, "MeanReadout()", "DelayedReadout(2)", "WeightedReadout((1.0, 2.0))"
+    )
+    readout.check(timesteps)
     if calibration is not None and not isinstance(calibration, Calibration):
         check_policy("convert: calibration", calibration)
     data, examples = _first_batch(ann, data, example_input, encoding)
     inputs = len(examples)
     sample_shape = as_sample_shape([x.shape[2 if isinstance(encoding, EventFrames) else 1 :] for x in examples])
     replaced = None if surgery is None else StandIns.of(surgery)
-    recipe = Recipe(timesteps, neuron, encoding, sample_shape, kept, replaced, maxpool)
+    recipe = Recipe(timesteps, neuron, encoding, sample_shape, kept, replaced, maxpool, readout)
     prepared = prepare(ann, sample_shape, rules=rules, keep=recipe.keep, surgery=surgery, maxpool=maxpool)
     notices = []
     if isinstance(encoding, EventFrames) and data is not None:
@@ -226,7 +237,8 @@ def assemble(prepared: Prepared, calibration: Calibration, recipe: Recipe, notic
             f"calibration: no threshold for {', '.join(missing)}; it was made for {len(calibration.v_threshold)} other "
             "sites. Calibrate this network."
         )
-    snn = spike(prepared, calibration, recipe.neuron, recipe.encoding, recipe.timesteps)
+    recipe.readout.check(recipe.timesteps)
+    snn = spike(prepared, calibration, recipe.neuron, recipe.encoding, recipe.timesteps, recipe.readout)
     replay(snn, calibration)
     kept = [fate.path for fate in prepared.fates if fate.fate == "kept"]
     if kept:
@@ -242,6 +254,8 @@ def assemble(prepared: Prepared, calibration: Calibration, recipe: Recipe, notic
 def _approximations(snn: fx.GraphModule, prepared: Prepared, recipe: Recipe) -> Iterator[str]:
     """Say where the network differs from the ANN by more than the rounding of T steps."""
     yield from pool_notices(snn, prepared.fates)
+    if not isinstance(recipe.readout, MeanReadout):
+        yield f"The answer is {recipe.readout.text(recipe.timesteps)}; T and the energy count all {recipe.timesteps}."
     levels = {found.levels for found in prepared.activations.values() if isinstance(found, Spike) and found.levels}
     if levels - {recipe.timesteps}:
         known = ", ".join(str(level) for level in sorted(levels))

@@ -12,6 +12,7 @@ from torch import fx
 from ..errors import AuditError
 from ..op_table import Kind
 from ..ops import kind_of, label
+from ..readout import Average, MeanReadout
 from ..records import Calibration, Prepared, Spike
 from ..shapes import BATCHES, batch_use, node_values
 from ..spiking import LMH, PerChannel, PerLayer, SpikingSite
@@ -49,7 +50,12 @@ _COMMUTES_WITH_MEAN = (Kind.SYNAPSE, Kind.AFFINE, Kind.SHAPE, Kind.SIZE)
 
 
 def spike(
-    prepared: Prepared, calibration: Calibration, neuron: LMH, encoding: Encoding, timesteps: int
+    prepared: Prepared,
+    calibration: Calibration,
+    neuron: LMH,
+    encoding: Encoding,
+    timesteps: int,
+    readout: Average | None = None,
 ) -> fx.GraphModule:
     """Replace the activations of a prepared ANN by LM-H neurons and fold time into the batch.
 
@@ -59,6 +65,7 @@ def spike(
         neuron: which neurons.
         encoding: what the input is.
         timesteps: T.
+        readout: how steps become one answer; ``MeanReadout()`` unless given.
 
     Returns:
         The spiking network in eval mode.
@@ -67,7 +74,7 @@ def spike(
         AuditError: if a node would mix time or batch with features.
     """
     model = copy.deepcopy(prepared.model)
-    time = TimeAxis(timesteps)
+    time = TimeAxis(timesteps, average=MeanReadout() if readout is None else readout)
     regions = _regions(model.graph, prepared, encoding)
     pairs = _value_pairs(prepared)
     uses = {name: batch_use(pair) for name, pair in pairs.items()}
