@@ -1,10 +1,16 @@
 """Accuracy without labels: what calibration and correction make of a third party's ResNet-20 on CIFAR-10, method × T.
 
-    python benchmarks/calibration_cifar10.py --weights resnet20.th --data npz:cifar10.npz
-    python benchmarks/calibration_cifar10.py --only "weights + spiking minerror" --timesteps 4 --test-samples 2000
+    python benchmarks/calibration_cifar10.py --ann resnet20.th --data npz:cifar10.npz
+    python benchmarks/calibration_cifar10.py --only "weights + thresholds" --timesteps 4 --test-samples 2000 --diagnose
+    python benchmarks/calibration_cifar10.py --only reconstruction --only "reconstruction, IF" --timesteps 4 --seeds 3
+    python benchmarks/calibration_cifar10.py --ann zoo:digits-cnn --data digits
     python benchmarks/calibration_cifar10.py --quick
 
-Without --weights and --data both are looked for in the folder LMH_TEST_DATA (packs of lossless WebP images, and
+T is the number of all steps that run, also where a delayed readout does not read the first of them. Reconstruction
+draws the order of its samples; with --seeds n its figure is the mean of n runs, and half the spread (largest less
+smallest) is printed beside it. Everything else gives the same each time.
+
+Without --ann and --data both are looked for in the folder LMH_TEST_DATA (packs of lossless WebP images, and
 ``cifar10-resnet20-idelbayev.th``); with --quick and neither, the zoo's digits network takes their place. Every figure
 is for the first N test images, in the order of the seed, after a conversion that saw unlabelled training images only.
 
@@ -12,7 +18,7 @@ Each (method, T) is kept in a JSON file, so that an interrupted run goes on wher
 or another state of the code are not taken from it. To add a method, add a line to METHODS.
 
 Prints its settings, a table, and as the last line one JSON object: `ann`, `best` (the best accuracy at each T),
-`policies` (accuracy by method, then by T), `seconds` (to convert and correct) and the settings.
+`policies` (accuracy by method, then by T), `seconds` (to convert and correct), `spread` and the settings.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -34,7 +40,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import lmh
-from lmh import LMH, PerChannel, __version__
+from lmh import LMH, DelayedReadout, PerChannel, __version__
 from lmh.artifact import write_atomically
 from lmh.calibrate import (
     BatchNormReestimation,
@@ -48,12 +54,13 @@ from lmh.calibrate import (
     MinError,
     Percentile,
     Policy,
+    Reconstruction,
     SpikingMinError,
     WeightRegression,
     automatic,
-    correct,
+    diagnose,
 )
-from lmh.convert import assemble, convert
+from lmh.convert import Conversion, convert, refine
 from lmh.convert.loading import load_source
 from lmh.zoo import Preprocessing, load_data, seeded_order
 from lmh.zoo.images import Split
@@ -64,32 +71,48 @@ FOLDER = "LMH_TEST_DATA"
 
 @dataclass(frozen=True)
 class Task:
-    """What a method works on: the ANN, unlabelled images as it takes them, [N, C, H, W], and T."""
+    """What a method works on: the ANN, unlabelled images as it takes them, [N, C, H, W], T, and a seed."""
 
     ann: nn.Module
     images: Tensor
     timesteps: int
+    seed: int = 0
 
 
-Method = Callable[[Task], nn.Module]
+Method = Callable[[Task], Conversion]
 
 
 def thresholds(policy: Policy) -> Method:
     """A policy alone."""
-    return lambda task: convert(task.ann, task.timesteps, data=task.images, calibration=policy).snn
+    return lambda task: convert(task.ann, task.timesteps, data=task.images, calibration=policy)
 
 
-def corrected(*corrections: Correction, neuron: LMH | None = None) -> Method:
-    """The thresholds that are found unless one names a policy, then corrections."""
+def delayed(*corrections: Correction) -> Method:
+    """As :func:`refined`, and the first half of the T steps is not read."""
 
-    def method(task: Task) -> nn.Module:
-        first = convert(task.ann, task.timesteps, data=task.images, neuron=neuron)
-        calibration = correct(first.snn, first.prepared, task.images, corrections, calibration=first.calibration)
-        return assemble(first.prepared, calibration, first.recipe).snn
+    def method(task: Task) -> Conversion:
+        readout = DelayedReadout(task.timesteps // 2) if task.timesteps > 1 else None
+        first = convert(task.ann, task.timesteps, data=task.images, readout=readout)
+        return refine(first, task.images, corrections=corrections)
 
     return method
 
 
+def refined(
+    *corrections: Correction, neuron: LMH | None = None, reconstruction: Reconstruction | None = None
+) -> Method:
+    """The thresholds that are found unless one names a policy, then corrections, then reconstruction."""
+
+    def method(task: Task) -> Conversion:
+        first = convert(task.ann, task.timesteps, data=task.images, neuron=neuron)
+        seeded = None if reconstruction is None else replace(reconstruction, seed=task.seed)
+        return refine(first, task.images, corrections=corrections, reconstruction=seeded)
+
+    return method
+
+
+BEST = (WeightRegression(), SpikingMinError())
+FIT = Reconstruction(steps=200, neuron_lr=0.03, weight_lr=1e-3)
 METHODS: dict[str, Method] = {
     "max": thresholds(Max()),
     "percentile 99.9": thresholds(Percentile(99.9)),
@@ -98,18 +121,26 @@ METHODS: dict[str, Method] = {
     "local threshold balancing": thresholds(LocalThresholdBalancing()),
     "minerror, L = T": thresholds(MinError()),
     "minerror": thresholds(automatic(has_data=True)),
-    "v_init": corrected(InitialPotential()),
-    "batchnorm": corrected(BatchNormReestimation()),
-    "biases": corrected(BiasCorrection()),
-    "biases + v_init": corrected(BiasCorrection(), InitialPotential()),
-    "spiking minerror": corrected(SpikingMinError()),
-    "weights": corrected(WeightRegression()),
-    "weights + spiking minerror": corrected(WeightRegression(), SpikingMinError()),
-    "weights + spiking minerror with leaks": corrected(
+    "minerror, delayed": delayed(),
+    "v_init": refined(InitialPotential()),
+    "batchnorm": refined(BatchNormReestimation()),
+    "biases": refined(BiasCorrection()),
+    "biases + v_init": refined(BiasCorrection(), InitialPotential()),
+    "thresholds": refined(SpikingMinError()),
+    "weights": refined(WeightRegression()),
+    "weights + thresholds": refined(*BEST),
+    "weights + thresholds, delayed": delayed(*BEST),
+    "weights + thresholds with leaks": refined(
         WeightRegression(), SpikingMinError(("lambda_s",)), neuron=LMH(granularity=PerChannel())
     ),
+    "reconstruction": refined(reconstruction=FIT),
+    "reconstruction, IF": refined(reconstruction=replace(FIT, coefficients=False)),
+    "reconstruction of neurons": refined(reconstruction=replace(FIT, weight_lr=0.0)),
+    "reconstruction of neurons, IF": refined(reconstruction=replace(FIT, weight_lr=0.0, coefficients=False)),
+    "weights + thresholds + reconstruction": refined(*BEST, reconstruction=FIT),
+    "weights + thresholds + reconstruction, IF": refined(*BEST, reconstruction=replace(FIT, coefficients=False)),
 }
-QUICK = ("minerror", "weights + spiking minerror")
+QUICK = ("minerror", "weights + thresholds")
 
 
 class Pack:
@@ -151,7 +182,7 @@ def opened(weights: str | None, data: str | None, quick: bool) -> tuple[str, str
         return str(weights), "CIFAR-10 packs", Pack(Path(folder), "train"), Pack(Path(folder), "test")
     if weights is None or data is None:
         raise click.UsageError(
-            f"pass --weights FILE (akamaster/pytorch_resnet_cifar10 has them: resnet20-12fca82f.th) and --data SPEC "
+            f"pass --ann FILE (akamaster/pytorch_resnet_cifar10 has them: resnet20-12fca82f.th) and --data SPEC "
             f"(npz:FILE or cifar10:DIR), or set {FOLDER} to a folder with both."
         )
     found = load_data(data)
@@ -210,14 +241,32 @@ def table(figures: dict[str, dict[str, float]], steps: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
+def _figure(kept: Cache, name: str, task: Task, x: Tensor, labels: Tensor, diagnosed: bool) -> dict[str, float]:
+    """Return what is kept of a run, or run it."""
+    entry = f"{name}, seed {task.seed}" if "reconstruction" in name else name
+    figure = kept.get(entry, task.timesteps)
+    if figure is None or diagnosed:
+        started = time.perf_counter()
+        conversion = METHODS[name](task)
+        taken = time.perf_counter() - started
+        batch = max(8, 512 // task.timesteps)
+        figure = {"accuracy": accuracy(conversion.snn, x, labels, batch), "seconds": round(taken, 1)}
+        kept.put(entry, task.timesteps, figure)
+        if diagnosed:
+            print("\n".join(diagnose(conversion.prepared, conversion.snn, task.images[:128]).lines()))
+    return figure
+
+
 @click.command()
-@click.option("--weights", help="The ANN: a file of weights, or a name of the zoo.")
+@click.option("--ann", "--weights", "weights", help="The ANN: a file of weights, or a name of the zoo.")
 @click.option("--data", metavar="SPEC", help="npz:FILE, cifar10:DIR, or another data set that fits.")
 @click.option("--timesteps", default="1,2,4,8,16,32", show_default=True)
 @click.option("--only", multiple=True, metavar="METHOD", help="Method to run; repeat for several.  [default: all]")
 @click.option("--calibration-samples", default=1024, show_default=True)
 @click.option("--test-samples", type=int, help="Test images to measure on.  [default: all]")
 @click.option("--seed", default=0, show_default=True, help="Order of training and test images.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of reconstruction.")
+@click.option("--diagnose", "diagnosed", is_flag=True, help="Print what each site's error is made of.")
 @click.option("--cache", type=click.Path(dir_okay=False, path_type=Path), default="runs/calibration_cifar10.json",
               show_default=True, help="Where figures are kept.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="Two methods, T = 2 and 4, few images.")
@@ -229,6 +278,8 @@ def main(
     calibration_samples: int,
     test_samples: int | None,
     seed: int,
+    seeds: int,
+    diagnosed: bool,
     cache: Path,
     quick: bool,
 ) -> None:
@@ -259,23 +310,23 @@ def main(
     print(f"ANN {100 * reference['accuracy']:.2f} %")
     figures: dict[str, dict[str, float]] = {name: {} for name in names}
     seconds: dict[str, dict[str, float]] = {name: {} for name in names}
+    spread: dict[str, dict[str, float]] = {name: {} for name in names}
     for name in names:
+        runs = range(seed, seed + seeds) if "reconstruction" in name else [seed]
         for t in steps:
-            figure = kept.get(name, t)
-            if figure is None:
-                started = time.perf_counter()
-                snn = METHODS[name](Task(ann, images, t))
-                taken = time.perf_counter() - started
-                figure = {"accuracy": accuracy(snn, x, labels, max(8, 512 // t)), "seconds": round(taken, 1)}
-                kept.put(name, t, figure)
-            figures[name][str(t)], seconds[name][str(t)] = figure["accuracy"], figure["seconds"]
-            print(
-                f"{name:40} T = {t:3}  {100 * figure['accuracy']:6.2f} %  found in {figure['seconds']:.1f} s",
-                flush=True,
-            )
+            found = [_figure(kept, name, Task(ann, images, t, run), x, labels, diagnosed) for run in runs]
+            values = [figure["accuracy"] for figure in found]
+            figures[name][str(t)] = sum(values) / len(values)
+            seconds[name][str(t)] = found[0]["seconds"]
+            if len(runs) > 1:
+                spread[name][str(t)] = max(values) - min(values)
+            beside = f" ± {50 * spread[name][str(t)]:.2f} ({len(runs)} runs)" if len(runs) > 1 else ""
+            print(f"{name:42} T = {t:3}  {100 * figures[name][str(t)]:6.2f} %{beside}  "
+                  f"found in {found[0]['seconds']:.1f} s", flush=True)  # fmt: skip
     print(table(figures, steps))
     best = {str(t): max(row[str(t)] for row in figures.values()) for t in steps}
-    print(json.dumps({"ann": reference["accuracy"], "best": best, "policies": figures, "seconds": seconds, **settings}))
+    found = {"policies": figures, "seconds": seconds, "spread": {name: row for name, row in spread.items() if row}}
+    print(json.dumps({"ann": reference["accuracy"], "best": best, **found, **settings}))
 
 
 if __name__ == "__main__":

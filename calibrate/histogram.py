@@ -15,6 +15,7 @@ from ..errors import CalibrationError
 from ..structures import input_count
 
 BINS = 1024
+CHUNK = 2**21  # values counted at a time: temporaries of some 40 MB
 
 
 class Histogram:
@@ -47,20 +48,20 @@ class Histogram:
         Raises:
             CalibrationError: for NaN or infinite values.
         """
-        channels = x.shape[1]
-        values = x.detach().float().transpose(0, 1).reshape(channels, -1)
-        top = values.amax(1)
-        if not (torch.isfinite(top).all() and torch.isfinite(values.amin())):
+        channels, x = x.shape[1], x.detach()
+        top = x.amax([axis for axis in range(x.ndim) if axis != 1]).float()
+        if not (torch.isfinite(top).all() and torch.isfinite(x.amin())):
             raise CalibrationError("the activation has NaN or infinite values; expected finite ones. Check the data.")
-        if upper < math.inf:
-            values, top = values.clamp_max(upper), top.clamp_max(upper)
-        self._grow(top.clamp_min(0))
-        self.total += values.shape[1]
+        self._grow(top.clamp(0, upper))
+        self.total += x.numel() // channels
+        shape = (1, -1, *[1] * (x.ndim - 2))
         scale = torch.where(self.width > 0, 1 / self.width.clamp_min(1e-38), torch.zeros_like(self.width))
-        index = (values * scale[:, None]).ceil_().long().sub_(1).clamp_(max=BINS - 1)
-        positive = index >= 0
-        index += torch.arange(channels, device=x.device)[:, None] * BINS
-        self.counts += torch.bincount(index[positive], minlength=channels * BINS).reshape(channels, BINS)
+        first = torch.arange(channels, device=x.device) * (BINS + 1)  # each channel has a bin for what is not positive
+        for part in x.split(max(1, CHUNK // x[0].numel())):
+            values = part.float().clamp_max(upper) if upper < math.inf else part.float()
+            index = (values * scale.reshape(shape)).ceil_().clamp_(0, BINS).long().add_(first.reshape(shape))
+            counted = torch.bincount(index.flatten(), minlength=channels * (BINS + 1))
+            self.counts += counted.reshape(channels, BINS + 1)[:, 1:]
 
     def _grow(self, top: Tensor) -> None:
         """Make every channel's range reach ``top`` by doubling, which merges pairs of bins exactly."""

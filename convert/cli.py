@@ -19,12 +19,13 @@ from ..cli import command_line, run
 from ..errors import ArgumentError, ArtifactError, DataError
 from ..evaluation import evaluate
 from ..pages import keep_freed_memory
+from ..readout import Average
 from ..records import Evaluation, plain_value
 from ..results import describe_network
 from ..terminal import Terminal, print_fates, print_result
 from ..time_axis import MAX_TIMESTEPS
 from .calibration_cli import CORRECTIONS, calibration_options, diagnosed, refined
-from .cli_inputs import SEED, Amounts, Inputs, NumbersType, open_inputs, source_options
+from .cli_inputs import SEED, Amounts, Inputs, NumbersType, ReadoutType, open_inputs, source_options
 from .export_cli import FORMATS, FORMATS_HELP, export_as, export_files
 from .loading import Source, load_source
 from .maxpool import MAXPOOLS, MaxPool
@@ -66,6 +67,7 @@ class Job:
     surgery: ReluSurgery | None
     maxpool: MaxPool
     normalisation: Normalisation
+    readout: Average
     exports: tuple[str, ...]
 
 
@@ -104,6 +106,11 @@ class Job:
 @click.option(
     "--time-norm", "normalisation", type=click.Choice(list(NORMALISATIONS)), default="plain", show_default=True,
     help="What becomes of BatchNorm behind neurons, to be fine-tuned.",
+)  # fmt: skip
+@click.option(
+    "--readout", type=ReadoutType(), default="mean", show_default=True,
+    metavar="mean|delayed:STEPS|weighted:W1,W2,…",
+    help="How the outputs of T steps become one answer. delayed: the first STEPS are run and not read; T counts them.",
 )  # fmt: skip
 @click.option(
     "--export", "exports", type=FORMATS, multiple=True, help=f"Also write this format; may be repeated. {FORMATS_HELP}"
@@ -159,6 +166,10 @@ def convert_command(
         }.items():
             if wanted:
                 raise click.UsageError(f"{option} needs --data: it works on images of the training split.")
+    try:
+        job.readout.check(timesteps)
+    except ArgumentError as error:
+        raise click.BadParameter(str(error), param_hint="--readout") from error
     terminal = Terminal(results=not as_json)
     result = audit_job(job, terminal) if dry_run else run_job(job, terminal)
     if as_json:
@@ -316,6 +327,7 @@ def _convert(job: Job, source: Source, inputs: Inputs, terminal: Terminal) -> Co
         surgery=job.surgery,
         maxpool=job.maxpool,
         normalisation=job.normalisation,
+        readout=job.readout,
     )
 
 

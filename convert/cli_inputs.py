@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from .. import zoo
-from ..errors import DataError
+from ..errors import ArgumentError, DataError
+from ..readout import Average, DelayedReadout, MeanReadout, WeightedReadout
 from ..zoo.data import ArraySplit
 from ..zoo.images import Batches, CropFlip, Preprocessing, Split
 from ..zoo.registry import IMAGENET
@@ -37,6 +38,30 @@ def source_options(command: Any) -> Any:
     for option in reversed(_SOURCE_OPTIONS):
         command = option(command)
     return command
+
+
+class ReadoutType(click.ParamType):
+    """``mean``, ``delayed:STEPS`` or ``weighted:W1,W2,…``."""
+
+    name = "readout"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Average:
+        """Return the readout."""
+        if not isinstance(value, str):
+            return value
+        kind, _, option = value.partition(":")
+        try:
+            if kind == "delayed":
+                return DelayedReadout(int(option))
+            if kind == "weighted":
+                return WeightedReadout(tuple(float(part) for part in option.split(",")))
+        except ArgumentError as error:
+            self.fail(str(error), param, ctx)
+        except ValueError:
+            self.fail(f"{value!r}: expected numbers, as in delayed:2 or weighted:1,2,3,4.", param, ctx)
+        if value == "mean":
+            return MeanReadout()
+        self.fail(f"{value!r} is no readout; expected mean, delayed:STEPS or weighted:W1,W2,….", param, ctx)
 
 
 class NumbersType(click.ParamType):

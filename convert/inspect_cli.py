@@ -11,6 +11,8 @@ import click
 from .. import zoo
 from ..artifact import FORMAT, read_snn, read_tensors, user_path
 from ..errors import ArtifactError, SourceError
+from ..readout import READOUTS
+from ..records import frozen_value
 from .cli_inputs import source_options
 from .describe import describe_file, file_lines
 from .files import FileKind, kind_of_file
@@ -36,7 +38,10 @@ def inspect_command(file: str, as_json: bool, **options: Any) -> None:
     click.echo(f"{file}: {len(tensors)} tensors, {count} values, {path.stat().st_size} bytes")
     click.echo(f"source: {source['name']} ({source['architecture'] or 'a module of your own'})")
     click.echo(f"T = {recipe['timesteps']}, {recipe['encoding']['type']}, {recipe['neuron']['preset']['type']} start")
-    click.echo(f"thresholds: {manifest['calibration']['policy']}, {manifest['calibration']['samples']} samples")
+    if "readout" in recipe:  # files from before it have the mean
+        readout = frozen_value(recipe["readout"], {kind.__name__: kind for kind in READOUTS})
+        click.echo(f"answer: {readout.text(recipe['timesteps'])}")
+    click.echo(f"calibration: {manifest['calibration']['policy']}, {manifest['calibration']['samples']} samples")
     click.echo(f"sites: {', '.join(manifest['sites'])}")
     for key in ("metrics", "epochs", "seed", "data", "samples", "command", "versions"):
         if key in manifest:

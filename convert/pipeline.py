@@ -21,6 +21,7 @@ from ..arguments import (
 )
 from ..calibrate import FROM_QCFS, Policy, automatic, calibrate, check_policy, refit, replay, stand_ins
 from ..errors import ArgumentError
+from ..readout import READOUTS, Average, MeanReadout
 from ..records import Calibration, Prepared, Report, Spike
 from ..spiking import LMH, sites
 from ..structures import SampleShape, as_sample_shape, input_count
@@ -47,6 +48,7 @@ class Recipe:
         surgery: the types that neurons stand in for where no rule applies; None refuses them.
         maxpool: what became of max-pools.
         normalisation: what became of BatchNorm layers.
+        readout: how steps become one answer; all T of them count.
     """
 
     timesteps: int
@@ -57,6 +59,7 @@ class Recipe:
     surgery: StandIns | None = None
     maxpool: MaxPool = field(default_factory=BeforeNeuron)
     normalisation: Normalisation = field(default_factory=PlainBatchNorm)
+    readout: Average = field(default_factory=MeanReadout)
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,6 +103,7 @@ def convert(
     surgery: ReluSurgery | None = None,
     maxpool: MaxPool | None = None,
     normalisation: Normalisation | None = None,
+    readout: Average | None = None,
 ) -> Conversion:
     """Convert a pretrained ANN to a spiking network of LM-H neurons.
 
@@ -127,6 +131,8 @@ def convert(
             changes the function and wants fine-tuning.
         normalisation: what becomes of BatchNorm behind neurons: ``PlainBatchNorm()`` unless given, ``TEBN()`` or
             ``TdBN()``; all start as the same function where the network is trained.
+        readout: ``MeanReadout()`` unless given, ``DelayedReadout(steps)`` or ``WeightedReadout(weights)``: how the
+            outputs of T steps become one answer. T is the number of all steps that run, read or not.
 
     Returns:
         The spiking network with its calibration and report.
@@ -148,15 +154,20 @@ def convert(
     neuron = LMH() if neuron is None else neuron
     maxpool = BeforeNeuron() if maxpool is None else maxpool
     normalisation = PlainBatchNorm() if normalisation is None else normalisation
+    readout = MeanReadout() if readout is None else readout
     kept = _checked_options(neuron, encoding, keep, surgery, rules, maxpool)
     check_kind("convert: normalisation", normalisation, (PlainBatchNorm, TEBN, TdBN), "TEBN()", "TdBN()")
+    check_kind(
+        "convert: readout", readout, READOUTS, "MeanReadout()", "DelayedReadout(2)", "WeightedReadout((1.0, 2.0))"
+    )
+    readout.check(timesteps)
     if calibration is not None and not isinstance(calibration, Calibration):
         check_policy("convert: calibration", calibration)
     data, examples = _first_batch(ann, data, example_input, encoding)
     inputs = len(examples)
     sample_shape = as_sample_shape([x.shape[2 if isinstance(encoding, EventFrames) else 1 :] for x in examples])
     replaced = None if surgery is None else StandIns.of(surgery)
-    recipe = Recipe(timesteps, neuron, encoding, sample_shape, kept, replaced, maxpool, normalisation)
+    recipe = Recipe(timesteps, neuron, encoding, sample_shape, kept, replaced, maxpool, normalisation, readout)
     prepared = prepare(ann, sample_shape, rules=rules, keep=recipe.keep, surgery=surgery, maxpool=maxpool)
     notices = []
     if isinstance(encoding, EventFrames) and data is not None:
@@ -234,7 +245,10 @@ def assemble(prepared: Prepared, calibration: Calibration, recipe: Recipe, notic
             f"calibration: no threshold for {', '.join(missing)}; it was made for {len(calibration.v_threshold)} other "
             "sites. Calibrate this network."
         )
-    snn = spike(prepared, calibration, recipe.neuron, recipe.encoding, recipe.timesteps, recipe.normalisation)
+    recipe.readout.check(recipe.timesteps)
+    snn = spike(
+        prepared, calibration, recipe.neuron, recipe.encoding, recipe.timesteps, recipe.normalisation, recipe.readout
+    )
     replay(snn, calibration)
     kept = [fate.path for fate in prepared.fates if fate.fate == "kept"]
     if kept:
@@ -251,6 +265,8 @@ def _approximations(snn: fx.GraphModule, prepared: Prepared, recipe: Recipe) -> 
     """Say where the network differs from the ANN by more than the rounding of T steps."""
     yield from pool_notices(snn, prepared.fates)
     yield from norm_notices(snn, recipe.normalisation)
+    if not isinstance(recipe.readout, MeanReadout):
+        yield f"The answer is {recipe.readout.text(recipe.timesteps)}; T and the energy count all {recipe.timesteps}."
     levels = {found.levels for found in prepared.activations.values() if isinstance(found, Spike) and found.levels}
     if levels - {recipe.timesteps}:
         known = ", ".join(str(level) for level in sorted(levels))

@@ -12,6 +12,7 @@ from torch import fx
 from ..errors import AuditError
 from ..op_table import Kind
 from ..ops import kind_of, label
+from ..readout import Average, MeanReadout
 from ..records import Calibration, Prepared, Spike
 from ..shapes import BATCHES, batch_use, node_values
 from ..spiking import LMH, PerChannel, PerLayer, SpikingSite
@@ -56,6 +57,7 @@ def spike(
     encoding: Encoding,
     timesteps: int,
     normalisation: Normalisation | None = None,
+    readout: Average | None = None,
 ) -> fx.GraphModule:
     """Replace the activations of a prepared ANN by LM-H neurons and fold time into the batch.
 
@@ -66,6 +68,7 @@ def spike(
         encoding: what the input is.
         timesteps: T.
         normalisation: what becomes of BatchNorm layers; ``PlainBatchNorm()`` unless given.
+        readout: how steps become one answer; ``MeanReadout()`` unless given.
 
     Returns:
         The spiking network in eval mode.
@@ -74,7 +77,7 @@ def spike(
         AuditError: if a node would mix time or batch with features.
     """
     model = copy.deepcopy(prepared.model)
-    time = TimeAxis(timesteps)
+    time = TimeAxis(timesteps, average=MeanReadout() if readout is None else readout)
     regions = _regions(model.graph, prepared, encoding)
     pairs = _value_pairs(prepared)
     uses = {name: batch_use(pair) for name, pair in pairs.items()}

@@ -15,6 +15,7 @@ from .. import zoo
 from ..arguments import check_kind, described
 from ..artifact import file_digest, is_there, read_snn, user_path, versions, write_snn
 from ..errors import ArgumentError, ArtifactError, AuditError
+from ..readout import READOUTS
 from ..records import Calibration, frozen_value, plain_value
 from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, sites
 from ..surrogates import Arctan, Dspike, Rectangle, Sigmoid, Triangle
@@ -51,6 +52,7 @@ _TYPES = {
         PlainBatchNorm,
         TEBN,
         TdBN,
+        *READOUTS,
     )
 }
 MANIFEST = "lmh_manifest"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .evaluation import evaluate
     from .kernels import Kernel, use_kernel
     from .qcfs import QCFS
+    from .readout import DelayedReadout, MeanReadout, WeightedReadout
     from .spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, kernels_used, sites
     from .time_axis import carry_state, per_step, prefixes
 
@@ -30,6 +31,7 @@ _HOMES = {
         ("IF", "LIF", "LMH", "PerChannel", "PerLayer", "PerStep", "Ranges", "SpikingSite", "kernels_used", "sites"),
         "spiking",
     ),
+    **dict.fromkeys(("DelayedReadout", "MeanReadout", "WeightedReadout"), "readout"),
     **dict.fromkeys(("Kernel", "use_kernel"), "kernels"),
     **dict.fromkeys(("carry_state", "per_step", "prefixes"), "time_axis"),
 }
@@ -39,13 +41,16 @@ __all__ = [
     "LIF",
     "LMH",
     "QCFS",
+    "DelayedReadout",
     "Kernel",
     "LMHError",
+    "MeanReadout",
     "PerChannel",
     "PerLayer",
     "PerStep",
     "Ranges",
     "SpikingSite",
+    "WeightedReadout",
     "carry_state",
     "evaluate",
     "kernels_used",

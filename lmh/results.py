@@ -40,10 +40,12 @@ def describe_network(
         output: file that it was written to.
         notices: sentences for the user.
     """
+    time = time_axis(snn)
     rates = evaluation.firing_rate if evaluation else {}
     return {
         "source": source,
-        "timesteps": time_axis(snn).timesteps,
+        "timesteps": time.timesteps,
+        "readout": time.average.text(time.timesteps),
         "calibration": calibration,
         **_figures(evaluation),
         "training_free": _figures(training_free) if training_free else None,

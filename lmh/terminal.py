@@ -81,6 +81,7 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     if result["diagnosis"] is not None:
         console.print(_diagnosis_table(result["diagnosis"]))
     counts = {fate: len(paths) for fate, paths in result["nodes"].items()}
+    console.print(f"The answer is {result['readout']}.")
     console.print(
         f"Activations: {counts['converted']} converted, {counts['kept']} kept analog, {counts['refused']} refused. "
         f"Calibration: {result['calibration']}."

@@ -8,16 +8,18 @@ the present call has and what it returns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, StateError
+from .readout import Average, MeanReadout
 from .structures import each_tensor
 
 MAX_TIMESTEPS = 1024
@@ -26,8 +28,8 @@ MAX_TIMESTEPS = 1024
 class Readout(Enum):
     """What a forward call returns."""
 
-    MEAN = "mean over time, [N, *F]"
-    PREFIXES = "the mean over steps 1…t, for every t, [T, N, *F]"
+    MEAN = "the answer: the mean over time, or another average of it, [N, *F]"
+    PREFIXES = "the answer after steps 1…t, for every t, [T, N, *F]"
     PER_STEP = "every step, [T, N, *F]"
 
 
@@ -40,12 +42,14 @@ class TimeAxis:
         steps: steps of the present call; T outside :func:`per_step` with ``steps=``.
         readout: what the present call returns.
         carry: whether the sites keep their state for the next call.
+        average: how steps become one answer, where the call does not return every step.
     """
 
     timesteps: int
     steps: int = 0
     readout: Readout = Readout.MEAN
     carry: bool = False
+    average: Average = field(default_factory=MeanReadout)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.timesteps, int) and 1 <= self.timesteps <= MAX_TIMESTEPS):
@@ -105,12 +109,26 @@ class RepeatOverTime(Border):
 
 
 def _reduce(time: TimeAxis, x: Tensor) -> Tensor:
-    """Mean over time of a folded tensor, or its mean over every prefix, folded again."""
+    """Mean over time of a folded tensor, or its mean over every prefix, folded again; weighted as the readout says."""
     unfolded = x.unflatten(0, (time.steps, -1))
+    weights = time.average.weights(time.steps)
+    first = next((step for step, weight in enumerate(weights) if weight), 0)
+    even = len(set(weights[first:])) == 1
     if time.readout is Readout.MEAN:
-        return unfolded.mean(0)
-    count = torch.arange(1, time.steps + 1, device=x.device, dtype=x.dtype)
-    return (unfolded.cumsum(0) / count.reshape(-1, *[1] * (x.ndim))).flatten(0, 1)
+        read = unfolded[first:]
+        return read.mean(0) if even else (read * _column(weights[first:], x) / sum(weights)).sum(0)
+    if even and first == 0:
+        count = torch.arange(1, time.steps + 1, device=x.device, dtype=x.dtype)
+        return (unfolded.cumsum(0) / count.reshape(-1, *[1] * (x.ndim))).flatten(0, 1)
+    before = _column(range(1, first + 1), x)
+    total = _column(accumulate(weights[first:]), x)
+    answers = (unfolded[:first].cumsum(0) / before, (unfolded[first:] * _column(weights[first:], x)).cumsum(0) / total)
+    return torch.cat(answers).flatten(0, 1)
+
+
+def _column(values: Iterable[float], like: Tensor) -> Tensor:
+    """Return a value for each step, [t, 1, …], to be multiplied with an unfolded tensor."""
+    return torch.tensor([float(v) for v in values], device=like.device, dtype=like.dtype).reshape(-1, *[1] * like.ndim)
 
 
 class EnterTail(Border):
@@ -203,7 +221,8 @@ def per_step(snn: nn.Module, *inputs: Tensor, steps: int | None = None) -> Any:
         steps: how many steps to run, T unless given. Inside :func:`carry_state` each call runs the next ones.
 
     Returns:
-        [steps, N, *out]; its mean over axis 0 is ``snn(x)`` up to rounding, unless the network ends in a softmax.
+        [steps, N, *out]; its mean over axis 0 is ``snn(x)`` up to rounding, unless the network ends in a softmax or
+        has another readout (:mod:`lmh.readout`).
         A network that returns a tuple or a dict returns the same with a tensor [steps, N, *out] in each place:
         one that no neuron reaches is repeated, and what does not depend on the input stays as it is.
 

@@ -21,6 +21,7 @@ from lmh.calibrate import (
     calibrate,
     policy_text,
 )
+from lmh.calibrate import histogram as calibrate_histogram
 from lmh.calibrate.histogram import BINS, Histogram
 from lmh.convert import prepare
 from lmh.errors import ArgumentError, CalibrationError
@@ -180,3 +181,21 @@ def test_cuda_finds_the_thresholds_of_the_cpu(policy: MinError) -> None:
     cpu = calibrate(prepare(net, (2, 8, 8)), policy, 4, x).v_threshold
     cuda = calibrate(prepare(net.cuda(), (2, 8, 8)), policy, 4, x.cuda()).v_threshold
     assert all(torch.allclose(cuda[path].cpu(), cpu[path], rtol=0.01) for path in cpu)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4, 6)])
+def test_the_size_of_a_chunk_makes_no_difference(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = []
+    for size in (1, 30, 2**21):
+        monkeypatch.setattr(calibrate_histogram, "CHUNK", size)
+        histogram = Histogram.empty(3, x.device)
+        histogram.add(x[:2], upper=2.0)
+        histogram.add(x[2:] * 3, upper=2.0)
+        found.append(histogram)
+    assert float(found[0].counts.sum()) == float((x > 0).sum())
+    assert float(found[0].maximum.max()) == 2.0
+    for other in found[1:]:
+        assert torch.equal(found[0].counts, other.counts)
+        assert torch.equal(found[0].width, other.width)
+        assert (found[0].total, other.total) == (x.numel() // 3,) * 2

@@ -16,7 +16,7 @@ from ..cli import command_line
 from ..errors import ArgumentError
 from ..terminal import Terminal
 from .data import load_data
-from .images import Batches
+from .images import Batches, seeded_order
 from .registry import SNNS, card, list_architectures, list_models, record
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -91,9 +91,10 @@ def read_recipe(name: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ArgumentError(f"{path}: not TOML ({error}). Compare with {RECIPES / 'digits-cnn.toml'}.") from error
     expected = {"architecture", "data", "seed", "epochs", "batch_size", "lr", "weight_decay", "label_smoothing"}
-    if settings.keys() != expected:
-        odd = ", ".join(sorted(settings.keys() ^ expected))
-        raise ArgumentError(f"{path}: keys missing or unknown: {odd}; expected {', '.join(sorted(expected))}.")
+    if settings.keys() - {"samples"} != expected:
+        odd = ", ".join(sorted((settings.keys() - {"samples"}) ^ expected))
+        wanted = ", ".join(sorted(expected))
+        raise ArgumentError(f"{path}: keys missing or unknown: {odd}; expected {wanted}, and samples or not.")
     return settings
 
 
@@ -114,7 +115,8 @@ def train(settings: dict[str, Any], out: Path, terminal: Terminal) -> tuple[Path
         loss=CrossEntropy(label_smoothing=settings["label_smoothing"]),
         seed=seed,
     )
-    batches = Batches(data.train, found.preprocessing, batch, augmentation=found.augmentation, shuffle_seed=seed)
+    chosen = seeded_order(data.train, seed)[: settings["samples"]] if "samples" in settings else None
+    batches = Batches(data.train, found.preprocessing, batch, chosen, found.augmentation, shuffle_seed=seed)
     with terminal.stage(f"training {found.name}", schedule.epochs * len(batches)) as advance:
         fit(
             model, batches, None, schedule, checkpoint=out / "training.safetensors",

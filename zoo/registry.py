@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import ArgumentError
 from ..torchvision_shim import torchvision
 from .cifar_resnet import DEPTHS, CifarResNet
+from .cifar_vgg import CifarVGG11
 from .digits_cnn import DigitsCNN
 from .images import CropFlip, Preprocessing
 
@@ -61,6 +62,13 @@ _CARDS = [
             10,
         )
         for depth in DEPTHS
+    ),
+    Card(
+        "cifar10-vgg11-bn",
+        CifarVGG11,
+        Preprocessing((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        CropFlip(padding=4, flip=True),
+        10,
     ),
 ]
 CARDS = {card.name: card for card in _CARDS}

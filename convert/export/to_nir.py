@@ -14,6 +14,7 @@ from torch import fx
 from ... import __version__
 from ...artifact import user_path, write_atomically
 from ...errors import ArgumentError, ArtifactError
+from ...readout import MeanReadout
 from ...structures import each_shape
 from ...time_axis import time_axis
 from ..pipeline import Conversion
@@ -98,6 +99,7 @@ def export_nir(
             "Export to onnx or pt2."
         )
     model = fold_batchnorm(network, input_shape=shape)
+    _refuse_readout(path, model)
     fit = Fit(mode.dt, mode.start, mode.residual) if isinstance(mode, Project) else Fit(mode.dt)
     translation = Translation(nir, model, sample, fit)
     translation.run()
@@ -123,6 +125,17 @@ def _nir(path: Path) -> Any:
             f"{path}: the nir package is not installed; expected it for this export. "
             "Run: pip install 'lmh-convert[nir]'."
         ) from error
+
+
+def _refuse_readout(path: Path, model: fx.GraphModule) -> None:
+    """Refuse a readout that a platform, which averages what it gets, would not know of."""
+    time = time_axis(model)
+    if not isinstance(time.average, MeanReadout):
+        raise ArtifactError(
+            f"{path}: the network answers by {time.average}, {time.average.text(time.timesteps)}, and NIR has no place "
+            "for it; expected MeanReadout(). Export to onnx or pt2, which hold it, or convert without readout= and "
+            "average the outputs of the NIR graph yourself."
+        )
 
 
 def _refuse(path: Path, mode: Exact | Project, translation: Translation) -> None:
