@@ -27,7 +27,11 @@ def stand_ins(prepared: Prepared) -> list[str]:
     >>> stand_ins(prepare(net, (4,), surgery=ReluSurgery()))
     ['1']
     """
-    return [path for path in prepared.spiking if type(prepared.model.get_submodule(path)) not in RECTIFIERS]
+    return [path for path in prepared.spiking if not _rectifies(prepared.model.get_submodule(path))]
+
+
+def _rectifies(activation: nn.Module) -> bool:
+    return type(activation) in RECTIFIERS and getattr(activation, "min_val", 0) == 0
 
 
 def refit(prepared: Prepared, *images: Tensor) -> Prepared:

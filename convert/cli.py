@@ -16,7 +16,7 @@ import torch
 from ..artifact import is_there, user_path
 from ..calibrate import Correction, Policy
 from ..cli import command_line, run
-from ..errors import ArgumentError, ArtifactError, DataError
+from ..errors import ArgumentError, ArtifactError, DataError, LMHError
 from ..evaluation import evaluate
 from ..pages import keep_freed_memory
 from ..readout import Average
@@ -138,7 +138,8 @@ def convert_command(
 ) -> int:
     """Convert SOURCE to a spiking network of LM-H neurons.
 
-    SOURCE is zoo:NAME, torchvision:NAME, or a file: a state_dict, a checkpoint that holds one, or a pickled module.
+    SOURCE is zoo:NAME, torchvision:NAME, or a file: a state_dict (.pt, .safetensors), a trainer's checkpoint, a pickled
+    module, ONNX, torch.export, or TorchScript with the weights of a known architecture.
 
     \b
     lmh-convert zoo:digits-cnn --timesteps 4 --data digits --finetune 3
@@ -178,7 +179,7 @@ def convert_command(
         print_fates(terminal.out, result)
     else:
         print_result(terminal.out, result)
-    return 1 if result.get("problems") else 0
+    return 1 if result.get("problems") or result.get("failed_exports") else 0
 
 
 def default_output(source: str, timesteps: int) -> Path:
@@ -229,6 +230,7 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         diagnosis=diagnosed(conversion, inputs.calibration, terminal) if job.diagnose and inputs.calibration else None,
         output=str(job.output),
         notices=(*inputs.notices, *conversion.report.notices),
+        spiking_coverage=conversion.report.spiking_coverage,
     )
     metrics = {
         key: result[key]
@@ -250,8 +252,11 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
     if training is not None:
         training.forget()
     for name, file in zip(job.exports, export_files(job.output, job.exports), strict=True):
-        with terminal.stage(f"exporting to {name}", None):
-            result["exports"].append(export_as(name, conversion, file).to_json())
+        try:
+            with terminal.stage(f"exporting to {name}", None):
+                result["exports"].append(export_as(name, conversion, file).to_json())
+        except LMHError as error:  # the network is saved, and other formats may do
+            result["failed_exports"][name] = str(error)
     return result
 
 

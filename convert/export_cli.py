@@ -26,7 +26,8 @@ EXPORTERS: dict[str, tuple[str, Exporter]] = {
 }
 FORMATS = click.Choice(list(EXPORTERS))
 FORMATS_HELP = (
-    "nir refuses what NIR cannot say exactly; nir-project writes the nearest neurons and lists what was lost."
+    "nir refuses what NIR cannot say exactly, such as a soft reset; nir-project writes the nearest neurons and lists "
+    "what was lost."
 )
 
 

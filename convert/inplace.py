@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import fx
 
 from ..op_table import OUT_OF_PLACE
-from ..ops import is_in_place, is_view, label
+from ..ops import is_in_place, is_view, label, module_of
 
 
 def make_functional(model: fx.GraphModule) -> list[str]:
@@ -38,7 +38,9 @@ def make_functional(model: fx.GraphModule) -> list[str]:
 
 
 def _drop_in_place(node: fx.Node) -> None:
-    """Give arithmetic its out-of-place target; activations are replaced by modules later."""
+    """Give arithmetic its out-of-place target; activations are replaced by modules later, dropout stays."""
+    if node.op == "call_module":
+        module_of(node).inplace = False  # type: ignore[union-attr]
     node.target = OUT_OF_PLACE.get(node.target, node.target)
     if "inplace" in node.kwargs:
         node.kwargs = {**node.kwargs, "inplace": False}

@@ -146,14 +146,14 @@ def _channels(model: fx.GraphModule, path: str, values: Mapping[fx.Node, Any]) -
 
 
 def _coverage(fates: Sequence[NodeFate], activations: Mapping[str, Any], values: Mapping[fx.Node, Any]) -> float:
-    """Share of activation elements of one sample that spike; kept nodes count as analog ones."""
+    """Share of activation elements of one sample that spike; kept nodes count as analog ones, but layers do not."""
     kept = {fate.path for fate in fates if fate.fate == "kept"}
 
     def elements(node: fx.Node) -> int:
         return sum(tensor.numel() for tensor in tensors_of(values[node]))
 
     spiking = sum(elements(node) for node in values if isinstance(activations.get(str(node.target)), Spike))
-    analog = sum(elements(node) for node in values if label(node) in kept)
+    analog = sum(elements(node) for node in values if label(node) in kept and kind_of(node) is not Kind.SYNAPSE)
     return spiking / (spiking + analog)
 
 

@@ -69,7 +69,8 @@ def from_hardtanh(module: nn.Module) -> Spike:
     if not isinstance(module, nn.Hardtanh) or module.min_val != 0:
         raise ArgumentError(
             f"Hardtanh from {getattr(module, 'min_val', None)} gives negative values, which spikes cannot; expected "
-            "min_val = 0. Pass rules={nn.Hardtanh: as_neuron} to drop them and fine-tune, or keep the layer analog."
+            "min_val = 0. Pass --surgery relu, or rules={nn.Hardtanh: as_neuron}, to drop them, and fine-tune; or keep "
+            "the layer analog with --keep PATH."
         )
     return Spike(upper=float(module.max_val))
 

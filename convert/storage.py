@@ -276,9 +276,11 @@ def _architecture(
             )
         return load_again(str(source), record, trust_pickle=trust_pickle, modules=modules).model
     if record["architecture"] is None:
+        if _still_there(record):
+            return load_again(record["name"], record, trust_pickle=trust_pickle, modules=modules).model
         raise ArtifactError(
-            f"{path}: was made from {record['name'] or 'a module of your own'}, which cannot be built by name. "
-            "Pass it: load(file, source=model), on the command line --source FILE."
+            f"{path}: was made from {record['name'] or 'a module of your own'}, which cannot be built by name and is "
+            "not there unchanged. Pass it: load(file, source=model), on the command line --source FILE."
         )
     return zoo.card(record["architecture"]).build(num_classes=record["num_classes"])
 
@@ -307,3 +309,11 @@ def _structure(snn: fx.GraphModule) -> str:
         if node.op == "call_module" and not isinstance(snn.get_submodule(str(node.target)), SpikingSite)
     ]
     return hashlib.sha256(json.dumps([shapes, list(sites(snn)), steps, layers]).encode()).hexdigest()
+
+
+def _still_there(record: Mapping[str, Any]) -> bool:
+    """Whether the ANN's file lies where it was, seen from the current folder, byte for byte."""
+    if not record["name"] or record["sha256"] is None:
+        return False
+    file = user_path(record["name"])
+    return is_there(file) and file.is_file() and file_digest(file) == record["sha256"]

@@ -25,6 +25,7 @@ def describe_network(
     diagnosis: Mapping[str, Any] | None = None,
     output: str | None = None,
     notices: Sequence[str] = (),
+    spiking_coverage: float | None = None,
 ) -> dict[str, Any]:
     """Return the result of a conversion.
 
@@ -39,6 +40,7 @@ def describe_network(
         diagnosis: the errors of all sites, :meth:`lmh.calibrate.Diagnosis.to_json`, or None.
         output: file that it was written to.
         notices: sentences for the user.
+        spiking_coverage: share of activation elements that spike, 0 to 1, where it is known.
     """
     time = time_axis(snn)
     rates = evaluation.firing_rate if evaluation else {}
@@ -52,10 +54,12 @@ def describe_network(
         "stages": [{"name": name, **_figures(found)} for name, found in stages],
         "sites": [_site(path, site, rates.get(path)) for path, site in sites(snn).items()],
         "nodes": {fate: list(paths) for fate, paths in nodes.items()},
+        "spiking_coverage": spiking_coverage,
         "diagnosis": diagnosis,
         "energy": _energy(evaluation) if evaluation else None,
         "output": output,
         "exports": [],
+        "failed_exports": {},
         "notices": [*notices, *([uncounted_text(evaluation.uncounted)] if evaluation and evaluation.uncounted else [])],
     }
 

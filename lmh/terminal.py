@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 Advance = Callable[[int, str], None]
+SHOWN = 3
 
 
 class Terminal:
@@ -82,17 +83,38 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
         console.print(_diagnosis_table(result["diagnosis"]))
     counts = {fate: len(paths) for fate, paths in result["nodes"].items()}
     console.print(f"The answer is {result['readout']}.")
+    coverage = result["spiking_coverage"]
+    share = "" if coverage is None else f" {100 * coverage:.1f} % of activation elements spike."
     console.print(
-        f"Activations: {counts['converted']} converted, {counts['kept']} kept analog, {counts['refused']} refused. "
-        f"Calibration: {result['calibration']}."
+        f"Activations: {counts['converted']} converted, {counts['kept']} kept analog, {counts['refused']} refused."
+        f"{share} Calibration: {result['calibration']}."
     )
     if result["output"]:
         console.print(f"Written: {result['output']}", soft_wrap=True)
     for export in result["exports"]:
         console.print(f"Written: {export['file']}. {export['check']}", markup=False, soft_wrap=True)
-        lost = len(export["lost"])
-        if lost:
-            console.print(f"{export['format']} cannot hold all of {lost} places; --json lists what was lost.")
+        for line in loss_lines(export["lost"]):
+            console.print(line, markup=False, soft_wrap=True)
+    for name, message in result["failed_exports"].items():
+        console.print(f"Not exported to {name}: {message}", markup=False, soft_wrap=True)
+
+
+def loss_lines(lost: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return what an export lost, by path, as lines; paths that lost the same things share one.
+
+    >>> loss_lines({"act1": ["soft reset"], "act2": ["soft reset"]})
+    ['lost in act1, act2: soft reset']
+    """
+    places: dict[str, list[str]] = {}
+    for path, losses in lost.items():
+        for loss in losses:
+            places.setdefault(loss, []).append(path)
+    return [f"lost in {_listed(paths)}: {loss}" for loss, paths in places.items()]
+
+
+def _listed(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+    return ", ".join(paths[:SHOWN]) + more
 
 
 def print_fates(console: Console, result: dict[str, Any]) -> None:

@@ -23,7 +23,10 @@ STEPS, SAMPLES = 3, 60
 DATA = ("--data", "digits", "--calibration-samples", 64, "--test-samples", SAMPLES)
 TUNED = ("--finetune", 2, "--train-samples", 200)
 FIGURES = {"samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error"}
-OTHERS = "source timesteps readout calibration training_free stages sites nodes diagnosis energy output exports notices"
+OTHERS = (
+    "source timesteps readout calibration training_free stages sites nodes spiking_coverage diagnosis energy output "
+    "exports failed_exports notices"
+)
 KEYS = FIGURES | set(OTHERS.split())
 ZOO = ("zoo:digits-cnn", "-T", STEPS)
 SITES = ["stem.2", "block.relu1", "block.relu2", "down.2"]

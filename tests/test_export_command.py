@@ -77,3 +77,15 @@ def test_an_export_never_overwrites_what_was_read() -> None:
     status, _, err = command("convert", "digits-cnn.onnx", *arguments)
     assert status == 2
     assert "digits-cnn.onnx is the source" in err
+
+
+def test_an_export_that_is_refused_loses_nothing_else() -> None:
+    status, out, _ = command("convert", "zoo:digits-cnn", "-T", 2, "--export", "nir", "--export", "onnx", "--json")
+    result = json.loads(out)
+    assert status == 1
+    assert [export["format"] for export in result["exports"]] == ["onnx"]
+    assert "soft reset" in result["failed_exports"]["nir"]
+    status, out, _ = command("convert", "zoo:digits-cnn", "-T", 2, "--export", "nir")
+    assert status == 1
+    assert "Not exported to nir: " in out
+    assert "Written: digits-cnn-snn-T2.safetensors" in out

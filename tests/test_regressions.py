@@ -15,7 +15,7 @@ import nets
 from lmh import sites, zoo
 from lmh.calibrate import BatchNormStatistics, Max, Percentile, calibrate
 from lmh.calibrate.statistics import predicted_histograms
-from lmh.convert import convert, keep, load, prepare, save
+from lmh.convert import ReluSurgery, convert, keep, load, prepare, save
 from lmh.errors import ArtifactError, AuditError
 from lmh.finetune import finetune
 from lmh.qcfs import QCFS
@@ -184,3 +184,30 @@ def test_a_percentile_among_the_zeros_is_a_silent_channel() -> None:
         net[0].bias.copy_(torch.tensor([0.0, 0.0, -0.95]))
     theta = calibrate(prepare(net, (4,)), Percentile(90.0), 4, torch.rand(2000, 4)).v_threshold["1"]
     assert float(theta[2]) > 0.5
+
+
+def test_dropout_in_place_behind_a_neuron_trains() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Dropout(0.2, inplace=True), nn.Linear(8, 3))
+    x, y = torch.rand(16, 4), torch.randint(3, (16,))
+    snn = convert(net, 2, data=x, surgery=ReluSurgery()).snn
+    before = [parameter.clone() for parameter in snn.parameters()]
+    finetune(snn, [(x, y)], epochs=1)
+    assert any(not torch.equal(old, new) for old, new in zip(before, snn.parameters(), strict=True))
+    assert net[2].inplace
+
+
+def test_a_hardtanh_with_a_negative_half_is_a_stand_in() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.Hardtanh(), nn.Linear(8, 3))
+    with pytest.raises(AuditError, match=r"--surgery relu.*--keep PATH"):
+        prepare(net, (4,))
+    notices = convert(net, 2, data=torch.rand(16, 4), surgery=ReluSurgery()).report.notices
+    assert any("ReLUs stand in for 1 activation" in notice for notice in notices)
+    plain = convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU6(), nn.Linear(8, 3)), 2, data=torch.rand(16, 4))
+    assert not any("stand in" in notice for notice in plain.report.notices)
+
+
+def test_a_kept_layer_is_no_activation() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.rand(16, 4)
+    assert convert(net, 2, data=x, keep=["0"]).report.spiking_coverage == 1
+    assert convert(net, 2, data=x, keep=["1"]).report.spiking_coverage == 0.5

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHOWN = 3
+from ...terminal import loss_lines
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,8 @@ class Exported:
         >>> Exported(Path("net.nir"), "nir", 2048, "Read back.", {"act": ("soft reset",)}).lines()
         ['net.nir: nir, 2.0 kB. Read back.', 'lost in act: soft reset']
         """
-        places: dict[str, list[str]] = {}
-        for path, losses in self.lost.items():
-            for loss in losses:
-                places.setdefault(loss, []).append(path)
         head = f"{self.file}: {self.format}, {_size(self.size)}. {self.check}"
-        return [head, *(f"lost in {_listed(paths)}: {loss}" for loss, paths in places.items()), *self.notices]
+        return [head, *loss_lines(self.lost), *self.notices]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, as ``--json`` prints them."""
@@ -56,11 +52,6 @@ class Exported:
             "lost": {path: list(losses) for path, losses in self.lost.items()},
             "notices": list(self.notices),
         }
-
-
-def _listed(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
-    return ", ".join(paths[:SHOWN]) + more
 
 
 def _size(size: int) -> str:
