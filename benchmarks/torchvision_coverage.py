@@ -1,6 +1,7 @@
 """What becomes of every torchvision classifier: one line each.
 
     python benchmarks/torchvision_coverage.py --log coverage.jsonl    # all; the same command again goes on where it was
+    python benchmarks/torchvision_coverage.py --log coverage.jsonl --table docs/torchvision.md
     python benchmarks/torchvision_coverage.py --models resnet18,vgg11
     python benchmarks/torchvision_coverage.py --quick                 # four small models, T = 4 and 8
     python benchmarks/torchvision_coverage.py --maxpool before        # the toolkit's default, not gated max-pools
@@ -206,6 +207,25 @@ def line(outcome: Outcome) -> str:
     return "  ".join([*parts, f"{outcome.seconds:.0f} s"])
 
 
+def table(outcomes: Sequence[Outcome], head: str) -> str:
+    """Return all outcomes as a page of Markdown."""
+    steps = next((list(outcome.cosine) for outcome in outcomes if outcome.cosine), [])
+    columns = ["model", "fate", "coverage", *(f"T = {t}" for t in steps), "wrong twin", "rounded ANN", "why not fully"]
+    rows = []
+    for outcome in outcomes:
+        measured = [*(outcome.cosine.get(t) for t in steps), outcome.wrong_twin, outcome.rounded_ann]
+        cells = ["" if value is None else f"{value:.3f}" for value in measured]
+        fate = outcome.fate + (", prepared only" if outcome.prepared_only else "")
+        rows.append([outcome.model, fate, f"{100 * outcome.coverage:.1f} %", *cells, outcome.reason.partition(" (")[0]])
+    lines = [columns, ["---"] * len(columns), *rows]
+    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
+    return (
+        "# torchvision's classifiers\n\nWritten by `python benchmarks/torchvision_coverage.py --table FILE`, which "
+        f"says what is measured. Reasons are the first that the audit gives.\n\n{head}\n\n{body}\n\n"
+        f"    {json.dumps(summary(outcomes))}\n"
+    )
+
+
 def known(log: Path | None, settings: Settings) -> dict[str, Outcome]:
     """Return the outcomes that an earlier run with the same settings wrote."""
     if log is None or not log.exists():
@@ -241,18 +261,29 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, object]:
 @click.option("--maxpool", type=click.Choice(list(MAXPOOLS)), default="gated", show_default=True, help="Max-pools.")
 @click.option("--audit-only", is_flag=True, help="Convert, but do not compare with the ANN.")
 @click.option("--log", type=click.Path(dir_okay=False, path_type=Path), help="File of JSON lines to go on from.")
+@click.option("--table", "page", type=click.Path(dir_okay=False, path_type=Path), help="File for a table in Markdown.")
 @click.option("--quick", is_flag=True, help="Four small models at T = 4 and 8.")
 def main(
-    models: str | None, timesteps: str, norm_bias: float, maxpool: str, audit_only: bool, log: Path | None, quick: bool
+    models: str | None,
+    timesteps: str,
+    norm_bias: float,
+    maxpool: str,
+    audit_only: bool,
+    log: Path | None,
+    page: Path | None,
+    quick: bool,
 ) -> None:
     """Convert torchvision's classifiers and say what became of each."""
     module = torchvision().models
     names = QUICK if quick else models.split(",") if models else module.list_models(module=module)
     steps = (4, 8) if quick else tuple(sorted(int(part) for part in timesteps.split(",")))
     settings = Settings(steps, norm_bias, maxpool, compare=not audit_only)
-    print(f"seed 0, n = {SAMPLES} inputs, T = {list(steps)}, BatchNorm bias {norm_bias:g}, max-pools {maxpool}, "
-          f"lmh {__version__}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads; "
-          f"prepared only: {', '.join(PREPARED_ONLY)}", flush=True)  # fmt: skip
+    head = (
+        f"seed 0, n = {SAMPLES} inputs, T = {list(steps)}, BatchNorm bias {norm_bias:g}, max-pools {maxpool}, lmh "
+        f"{__version__}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads; prepared "
+        f"only: {', '.join(PREPARED_ONLY)}"
+    )
+    print(head, flush=True)
     before = known(log, settings)
     outcomes = []
     for name in names:
@@ -262,6 +293,8 @@ def main(
                 file.write(json.dumps({"settings": asdict(settings), "outcome": asdict(outcome)}) + "\n")
         outcomes.append(outcome)
         print(line(outcome), flush=True)
+    if page is not None:
+        page.write_text(table(outcomes, head))
     print(json.dumps(summary(outcomes)))
 
 

@@ -57,6 +57,15 @@ class Diagnosis:
     samples: int
     rows: tuple[SiteError, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values: ``timesteps``, ``samples`` and ``rows``, each with its path and shares."""
+        names = ("path", "total", *CAUSES)
+        return {
+            "timesteps": self.timesteps,
+            "samples": self.samples,
+            "rows": [{name: getattr(row, name) for name in names} for row in self.rows],
+        }
+
     def table(self) -> list[list[str]]:
         """Return a heading and a row of text for each site, shares in per cent of the activation's energy."""
         heading = ["site", "error", *CAUSES]

@@ -5,6 +5,7 @@ from .maxpool import MAXPOOLS, AveragePool, BeforeNeuron, Gated
 from .normalisation import NORMALISATIONS, TEBN, PlainBatchNorm, TdBN
 from .pipeline import Conversion, Recipe, assemble, convert
 from .prepare import prepare
+from .refine import refine
 from .rules import DEFAULT_RULES, ReluSurgery, as_neuron, from_qcfs, keep
 from .spike import DirectCoding, EventFrames
 from .storage import load, save
@@ -33,5 +34,6 @@ __all__ = [
     "load",
     "load_source",
     "prepare",
+    "refine",
     "save",
 ]

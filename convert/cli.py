@@ -14,7 +14,7 @@ import click
 import torch
 
 from ..artifact import is_there, user_path
-from ..calibrate import Policy
+from ..calibrate import Correction, Policy
 from ..cli import command_line, run
 from ..errors import ArgumentError, ArtifactError, DataError
 from ..evaluation import evaluate
@@ -23,7 +23,8 @@ from ..records import Evaluation, plain_value
 from ..results import describe_network
 from ..terminal import Terminal, print_fates, print_result
 from ..time_axis import MAX_TIMESTEPS
-from .cli_inputs import SEED, Amounts, Inputs, NumbersType, PolicyType, open_inputs, source_options
+from .calibration_cli import CORRECTIONS, calibration_options, diagnosed, refined
+from .cli_inputs import SEED, Amounts, Inputs, NumbersType, open_inputs, source_options
 from .export_cli import FORMATS, FORMATS_HELP, export_as, export_files
 from .loading import Source, load_source
 from .maxpool import MAXPOOLS, MaxPool
@@ -48,6 +49,9 @@ class Job:
     data: str | None
     arch: str | None
     calibration: Policy | None
+    corrections: tuple[Correction, ...]
+    reconstruct: int
+    diagnose: bool
     amounts: Amounts
     input_size: tuple[int, ...] | None
     mean: tuple[float, ...] | None
@@ -70,13 +74,7 @@ class Job:
 @click.option("--timesteps", "-T", type=click.IntRange(1, MAX_TIMESTEPS), required=True, help="Time steps T.")
 @click.option("--data", metavar="SPEC", help="digits, npz:FILE, cifar10:DIR, cifar100:DIR or folder:DIR.")
 @source_options
-@click.option(
-    "--calibration", type=PolicyType(), default="auto", show_default=True, metavar="POLICY",
-    help="auto, max, percentile:P, minerror or batchnorm. auto: minerror with data, batchnorm without.",
-)  # fmt: skip
-@click.option(
-    "--calibration-samples", type=_POSITIVE, default=512, show_default=True, help="Training images to calibrate on."
-)
+@calibration_options
 @click.option("--train-samples", type=_POSITIVE, help="Training images to fine-tune on; all unless given.")
 @click.option("--test-samples", type=_POSITIVE, help="Test images to measure on; all unless given.")
 @click.option("--input-size", type=NumbersType(int, "3,224,224"), metavar="C,H,W", help="Size of one input sample.")
@@ -118,6 +116,7 @@ def convert_command(
     source: str,
     timesteps: int,
     calibration_samples: int,
+    corrections: tuple[str, ...],
     train_samples: int | None,
     test_samples: int | None,
     device: str,
@@ -142,6 +141,7 @@ def convert_command(
     job = Job(
         source=source,
         timesteps=timesteps,
+        corrections=tuple(CORRECTIONS[name] for name in corrections),
         amounts=Amounts(calibration_samples, train_samples, test_samples, seed),
         device=device_of(device),
         output=output or default_output(source, timesteps),
@@ -150,8 +150,15 @@ def convert_command(
         normalisation=NORMALISATIONS[normalisation],
         **options,
     )
-    if job.epochs and job.data is None:
-        raise click.UsageError("--finetune needs --data: training runs on its training split.")
+    if job.data is None:
+        for option, wanted in {
+            "--correct": job.corrections,
+            "--reconstruct": job.reconstruct,
+            "--diagnose": job.diagnose,
+            "--finetune": job.epochs,
+        }.items():
+            if wanted:
+                raise click.UsageError(f"{option} needs --data: it works on images of the training split.")
     terminal = Terminal(results=not as_json)
     result = audit_job(job, terminal) if dry_run else run_job(job, terminal)
     if as_json:
@@ -186,6 +193,10 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
     source, inputs = _open(job, terminal)
     source.model.to(job.device)
     conversion = _convert(job, source, inputs, terminal)
+    if inputs.calibration is not None:
+        conversion = refined(
+            conversion, inputs.calibration, job.corrections, job.reconstruct, job.amounts.seed, terminal
+        )
     for notice in conversion.report.notices:
         terminal.notice(notice)
     before = _evaluate(conversion, source, inputs, terminal, "measuring")
@@ -204,6 +215,7 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         evaluation=after or before,
         training_free=before if after else None,
         stages=stages,
+        diagnosis=diagnosed(conversion, inputs.calibration, terminal) if job.diagnose and inputs.calibration else None,
         output=str(job.output),
         notices=(*inputs.notices, *conversion.report.notices),
     )

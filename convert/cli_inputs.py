@@ -10,8 +10,7 @@ from typing import Any
 import click
 
 from .. import zoo
-from ..calibrate import Max, Percentile, Policy, automatic
-from ..errors import ArgumentError, DataError
+from ..errors import DataError
 from ..zoo.data import ArraySplit
 from ..zoo.images import Batches, CropFlip, Preprocessing, Split
 from ..zoo.registry import IMAGENET
@@ -38,31 +37,6 @@ def source_options(command: Any) -> Any:
     for option in reversed(_SOURCE_OPTIONS):
         command = option(command)
     return command
-
-
-class PolicyType(click.ParamType):
-    """``auto``, ``max``, ``percentile:P``, ``minerror`` or ``batchnorm``; None stands for auto."""
-
-    name = "policy"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Policy | None:
-        """Return the policy."""
-        if not isinstance(value, str):
-            return value
-        kind, _, option = value.partition(":")
-        simple = {"max": Max(), "minerror": automatic(True), "batchnorm": automatic(False)}
-        if value == "auto":
-            return None
-        if value in simple:
-            return simple[value]
-        if kind == "percentile":
-            try:
-                return Percentile(float(option)) if option else Percentile()
-            except (ValueError, ArgumentError):
-                self.fail(
-                    f"{value!r}: expected a percentage above 0 and at most 100, as in percentile:99.9.", param, ctx
-                )
-        self.fail(f"{value!r} is no policy; expected auto, max, percentile:P, minerror or batchnorm.", param, ctx)
 
 
 class NumbersType(click.ParamType):

@@ -22,6 +22,7 @@ def describe_network(
     evaluation: Evaluation | None,
     training_free: Evaluation | None = None,
     stages: Sequence[tuple[str, Evaluation]] = (),
+    diagnosis: Mapping[str, Any] | None = None,
     output: str | None = None,
     notices: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def describe_network(
         evaluation: of the network as it is now, or None without data.
         training_free: of the network before fine-tuning, or None.
         stages: of what the network was on its way, by words such as ``after QCFS``, each beside its own ANN.
+        diagnosis: the errors of all sites, :meth:`lmh.calibrate.Diagnosis.to_json`, or None.
         output: file that it was written to.
         notices: sentences for the user.
     """
@@ -48,6 +50,7 @@ def describe_network(
         "stages": [{"name": name, **_figures(found)} for name, found in stages],
         "sites": [_site(path, site, rates.get(path)) for path, site in sites(snn).items()],
         "nodes": {fate: list(paths) for fate, paths in nodes.items()},
+        "diagnosis": diagnosis,
         "energy": _energy(evaluation) if evaluation else None,
         "output": output,
         "exports": [],

@@ -78,10 +78,12 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     if result["samples"] is not None:
         console.print(_accuracy_table(result))
         _print_energy(console, result["energy"])
+    if result["diagnosis"] is not None:
+        console.print(_diagnosis_table(result["diagnosis"]))
     counts = {fate: len(paths) for fate, paths in result["nodes"].items()}
     console.print(
         f"Activations: {counts['converted']} converted, {counts['kept']} kept analog, {counts['refused']} refused. "
-        f"Thresholds: {result['calibration']}."
+        f"Calibration: {result['calibration']}."
     )
     if result["output"]:
         console.print(f"Written: {result['output']}", soft_wrap=True)
@@ -148,6 +150,22 @@ def _accuracy_table(result: dict[str, Any]) -> Table:
     if result["output_error"] is not None:
         table.caption = f"relative output error at T: {result['output_error']:.3f}"
         table.caption_justify = "left"
+    return table
+
+
+def _diagnosis_table(diagnosis: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"Error of each site in % of its ANN activation's energy, n = {diagnosis['samples']}",
+        title_justify="left",
+        caption="error = inherited + clipping + rounding + timing; a negative share undoes others",
+        caption_justify="left",
+    )
+    table.add_column("site", overflow="fold")
+    names = ("total", "inherited", "clipping", "rounding", "timing")
+    for name in names:
+        table.add_column("error" if name == "total" else name, justify="right")
+    for row in diagnosis["rows"]:
+        table.add_row(row["path"], *(f"{100 * row[name]:.1f}" for name in names))
     return table
 
 

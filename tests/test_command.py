@@ -23,7 +23,7 @@ STEPS, SAMPLES = 3, 60
 DATA = ("--data", "digits", "--calibration-samples", 64, "--test-samples", SAMPLES)
 TUNED = ("--finetune", 2, "--train-samples", 200)
 FIGURES = {"samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error"}
-OTHERS = "source timesteps calibration training_free stages sites nodes energy output exports notices"
+OTHERS = "source timesteps calibration training_free stages sites nodes diagnosis energy output exports notices"
 KEYS = FIGURES | set(OTHERS.split())
 ZOO = ("zoo:digits-cnn", "-T", STEPS)
 SITES = ["stem.2", "block.relu1", "block.relu2", "down.2"]
@@ -136,7 +136,7 @@ def test_the_figures_are_fractions_of_the_samples(plain: Job) -> None:
 
 def test_what_is_unknown_without_data_is_null_and_present(blind: Job) -> None:
     result = blind.printed.result
-    assert {key for key, value in result.items() if value is None} == {*FIGURES, "training_free", "energy"}
+    assert {key for key, value in result.items() if value is None} == {*FIGURES, "training_free", "diagnosis", "energy"}
     assert all(site["firing_rate"] is None for site in result["sites"])
     assert "BatchNormStatistics" in result["calibration"]
     assert any("No data was given" in notice for notice in result["notices"])

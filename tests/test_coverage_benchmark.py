@@ -50,6 +50,10 @@ def test_it_goes_on_from_its_log(coverage: ModuleType, tmp_path: Path, monkeypat
     assert ran == [("a", (4, 8)), ("b", (4, 8)), ("c", (4, 8))]
     assert again[1:3] == first[1:3]
     assert json.loads(again[-1])["models"] == 3
+    run("4,8", "--models", "a,b", "--table", str(tmp_path / "table.md"))
+    page = (tmp_path / "table.md").read_text()
+    assert "| a | fully spiking | 100.0 % | 0.500 | 0.970 | 0.100 |  |  |" in page
+    assert json.loads(page.splitlines()[-1])["models"] == 2
     run("2,8", "--models", "a")
     assert ran[-1] == ("a", (2, 8))
 

@@ -1,0 +1,82 @@
+"""refine: corrections and reconstruction on top of a conversion, from unlabelled data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..arguments import check_batches, check_kind, split_batch
+from ..calibrate import BlockResult, Correction, Reconstruction, changes, correct, reconstruct
+from ..records import Calibration
+from .pipeline import Conversion, assemble
+
+
+def refine(
+    conversion: Conversion,
+    data: Iterable[Any] | Tensor,
+    *,
+    corrections: Correction | Sequence[Correction] = (),
+    reconstruction: Reconstruction | None = None,
+    on_block: Callable[[BlockResult], None] | None = None,
+) -> Conversion:
+    """Correct a conversion layer by layer, then reconstruct it block by block; no labels.
+
+    The order is fixed: policy, corrections, reconstruction, and only then any training of the whole network.
+
+    Args:
+        conversion: from :func:`convert`; not changed.
+        data: batches [N, *F] (or tuples that begin with one), or one tensor; [T, N, *F] for event frames. Labels are
+            not read.
+        corrections: for example ``[WeightRegression(), SpikingMinError()]``; see :func:`lmh.calibrate.correct`.
+        reconstruction: steps and learning rates; see :func:`lmh.calibrate.reconstruct`. None leaves it out.
+        on_block: told of each block that is reconstructed.
+
+    Returns:
+        A conversion whose calibration names all that was done, in order, and holds every tensor that changed: with it
+        as ``calibration=``, ``convert`` builds this network again.
+
+    Raises:
+        ArgumentError: for arguments of a wrong type, or what corrections and reconstruction refuse.
+        CalibrationError: if the data has no sample, or values that are not finite.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from lmh.calibrate import BiasCorrection
+    >>> from lmh.convert import convert
+    >>> ann, images = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.rand(64, 4)
+    >>> refined = refine(convert(ann, 2, data=images), images, corrections=BiasCorrection())
+    >>> refined.report.calibration
+    'MinError(levels_per_step=0.5, base_levels=2, per channel) + BiasCorrection(), 64 samples'
+    """
+    check_kind("refine: conversion", conversion, Conversion, "what convert returned")
+    if reconstruction is not None:
+        check_kind("refine: reconstruction", reconstruction, Reconstruction, "Reconstruction(steps=200)")
+    if not isinstance(data, Tensor):
+        check_batches("refine: data", data)
+        data = list(data)
+    wanted = [corrections] if isinstance(corrections, (Correction, str)) else list(corrections)
+    done = conversion
+    if wanted:
+        found = correct(done.snn, done.prepared, data, wanted, calibration=done.calibration)
+        done = _assembled(done, found)
+    if reconstruction is not None:
+        start = assemble(done.prepared, done.calibration, done.recipe).snn
+        reconstruct(start, done.prepared, data, reconstruction, on_block=on_block)
+        text = f"{done.calibration.policy} + {reconstruction}"
+        done = _assembled(done, changes(start, done.prepared, text, _count(data)))
+    return done
+
+
+def _assembled(conversion: Conversion, calibration: Calibration) -> Conversion:
+    """Return the conversion with the network that a calibration makes; what was said about the graph stays said."""
+    made = assemble(conversion.prepared, calibration, conversion.recipe)
+    report = replace(conversion.report, calibration=made.report.calibration)
+    return replace(made, report=report)
+
+
+def _count(data: Iterable[Any] | Tensor) -> int:
+    batches = [data] if isinstance(data, Tensor) else data
+    return sum(len(split_batch("refine: data", batch)[0][0]) for batch in batches)
