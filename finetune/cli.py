@@ -217,11 +217,11 @@ def _default_output(network: str, timesteps: int | None) -> Path:
 
 def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
     """Load, convert where needed, measure, train, measure, save. Return the result as plain values."""
-    check_output(job.output, job.network, job.data)
     if job.resume is not None:
         _make_folder(user_path(job.resume))
-        if Group.current().leads and not any(map(_exists, (job.checkpoint, job.checkpoint.of_stage("qcfs")))):
+        if not any(map(_exists, (job.checkpoint, job.checkpoint.of_stage("qcfs")))):
             terminal.notice(f"{job.resume}: there is no checkpoint yet; the run starts anew.")
+    check_output(job.output, job.network, job.data)
     keep_freed_memory()
     torch.manual_seed(job.amounts.seed)
     spiking = job.timesteps is None

@@ -303,7 +303,7 @@ class TestResuming:
         self, hybrid: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         folder, result = hybrid
-        arguments = ("finetune", *ANN, "--epochs", 3, *FAST, "--resume", "runs/a", "--json")
+        arguments = ("finetune", *ANN, "--epochs", 3, *FAST, "--resume", "runs/a", "--output", "runs/a/net", "--json")
         begin = Batches.at_epoch
 
         def killed(self: Batches, epoch: int) -> Batches:
@@ -319,11 +319,11 @@ class TestResuming:
         assert sorted(path.name for path in Path("runs/a").iterdir()) == files
         printed = command(*arguments)
         assert printed.result["snn_accuracy"] == result["snn_accuracy"]
-        assert same(folder / "digits-cnn-snn-T2.safetensors", "digits-cnn-snn-T2.safetensors")
-        assert sorted(path.name for path in Path("runs/a").iterdir()) == ["log.jsonl", "recipe.toml"]
+        assert same(folder / "digits-cnn-snn-T2.safetensors", "runs/a/net")
+        assert sorted(path.name for path in Path("runs/a").iterdir()) == ["log.jsonl", "net", "recipe.toml"]
         events = [json.loads(line)["event"] for line in Path("runs/a/log.jsonl").read_text().splitlines()]
         assert events.count("epoch") == 3
-        assert read_recipe("runs/a/recipe.toml") == recipe_of("digits-cnn-snn-T2.safetensors")
+        assert read_recipe("runs/a/recipe.toml") == recipe_of("runs/a/net")
 
 
 @pytest.mark.parametrize(
