@@ -251,6 +251,7 @@ def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
         stages=stages,
         output=str(job.output),
         notices=start.notices,
+        spiking_coverage=tuned.conversion.report.spiking_coverage if tuned.conversion else None,
     )
     if Group.current().leads:
         _save(job, start, training, tuned, result)
