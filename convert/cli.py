@@ -267,7 +267,8 @@ def audit_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         source.model, inputs.preprocessing.input_size, keep=job.keep, surgery=job.surgery, maxpool=job.maxpool
     )
     nodes = {fate: [node.path for node in fates if node.fate == fate] for fate in ("converted", "kept", "refused")}
-    return {"source": job.source, "fates": plain_value(fates), "nodes": nodes, "problems": problems}
+    found = {"source": job.source, "fates": plain_value(fates), "nodes": nodes, "problems": problems}
+    return {**found, "notices": list(inputs.notices)}
 
 
 def _open(job: Job, terminal: Terminal) -> tuple[Source, Inputs]:
