@@ -18,6 +18,8 @@ from ..zoo.registry import TORCHVISION, Card
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+SHOWN = 4
+
 AUXILIARY = {"torchvision:googlenet": ("aux1.", "aux2."), "torchvision:inception_v3": ("AuxLogits.",)}
 """Heads that only training uses; checkpoints have them or not."""
 
@@ -62,16 +64,47 @@ def recognised(shapes: Shapes) -> list[Fit]:
 
 
 def nearest(shapes: Shapes) -> str:
-    """Describe the architecture that shares most names, and most shapes, with the tensors."""
+    """Describe the architecture that shares most names, and most shapes, with the tensors; and what differs, if little.
+
+    The tensors of another number of classes do not count as different.
+    """
     best = max(_candidates(shapes, _starts), key=lambda card: _common(shapes, card))
     names, same = _common(shapes, best)
     total = len(_shapes(best.name, best.num_classes) or {})
-    return f"{best.name}, which shares {names} of its {total} names and {same} shapes" if names else "none of them"
+    if not names:
+        return "none of those has a tensor of the same name."
+    lines = differences(shapes, best)
+    if names < total and len(lines) > SHOWN:
+        return (
+            f"nearest is {best.name}, which shares {names} of its {total} names and {same} shapes "
+            f"(--arch {best.name} lists what differs)."
+        )
+    return f"nearest is {best.name} with {_likeliest_classes(shapes, best)} classes; what differs: {some(lines)}."
+
+
+def some(lines: list[str]) -> str:
+    """Return the first lines as a part of a sentence, and how many more there are."""
+    more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    return "; ".join(lines[:SHOWN]) + more
 
 
 def differences(shapes: Shapes, card: Card) -> list[str]:
-    """Say what keeps tensors from fitting an architecture: a line for each tensor."""
-    wanted = _shapes(card.name, card.num_classes) or {}
+    """Say what keeps tensors from fitting an architecture with the likeliest number of classes: a line for each."""
+    return _differences(shapes, card, _likeliest_classes(shapes, card))
+
+
+def _likeliest_classes(shapes: Shapes, card: Card) -> int:
+    """Return the number of classes with which the fewest tensors differ."""
+    usual = _shapes(card.name, card.num_classes) or {}
+    got = _under(shapes, _likeliest_prefix(shapes, usual), card)
+    heads = [key for key, shape in usual.items() if shape[:1] == (card.num_classes,) and got.get(key)]
+    counts = dict.fromkeys([card.num_classes, *(got[key][0] for key in heads)])
+    known = [count for count in counts if _shapes(card.name, count) is not None]
+    return min(known, key=lambda count: len(_differences(shapes, card, count)), default=card.num_classes)
+
+
+def _differences(shapes: Shapes, card: Card, num_classes: int) -> list[str]:
+    wanted = _shapes(card.name, num_classes) or {}
     got = _under(shapes, _likeliest_prefix(shapes, wanted), card)
     return [
         *(f"missing {key}" for key in wanted if key not in got),

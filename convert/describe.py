@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,13 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from ..artifact import file_digest, is_there
+from ..artifact import file_digest
 from ..errors import LMHError
+from ..zoo.registry import TORCHVISION, Card
+from .architectures import EmptyOnMeta
 from .files import FileKind, kind_of_file
 from .loading import load_source
-
-HDF5 = b"\x89HDF\r\n\x1a\n"
-NIR_KIND = "a NIR graph (HDF5)"
 
 
 def describe_file(
@@ -27,16 +28,17 @@ def describe_file(
 
     Returns:
         ``file``, ``kind``, ``bytes``, ``sha256``; of the network in it ``architecture``, ``num_classes``,
-        ``parameters``, ``layers`` (how many of each type); of a graph ``operators``; ``notices``; and ``problem``, why
-        it cannot be converted. What does not apply is None or empty.
+        ``parameters``, ``layers`` (how many of each type); of a graph ``operators``; ``notices``; ``problem``, why it
+        cannot be converted; and ``next``, what converts it. What does not apply is None or empty.
 
     Raises:
         SourceError: if the file is missing, or of no known kind.
     """
-    kind = NIR_KIND if _is_hdf5(path) else kind_of_file(path).value
+    kind = kind_of_file(path)
+    modules = tuple(modules)
     known: dict[str, Any] = {
         "file": str(path),
-        "kind": kind,
+        "kind": kind.value,
         "bytes": path.stat().st_size,
         "sha256": file_digest(path),
         "architecture": None,
@@ -46,9 +48,8 @@ def describe_file(
         "operators": _operators(path, kind),
         "notices": [],
         "problem": None,
+        "next": None,
     }
-    if kind == NIR_KIND:
-        return {**known, "problem": "an export of a spiking network; convert the ANN that it came from."}
     try:
         source = load_source(str(path), arch=arch, entry=entry, trust_pickle=trust_pickle, modules=modules)
     except LMHError as error:
@@ -60,7 +61,75 @@ def describe_file(
         "parameters": sum(parameter.numel() for parameter in source.model.parameters()),
         "layers": layer_counts(source.model),
         "notices": list(source.notices),
+        "next": _next(path, source.model, arch=arch, entry=entry, trust_pickle=trust_pickle, modules=modules),
     }
+
+
+def describe_card(card: Card) -> dict[str, Any]:
+    """Say what an architecture of the zoo or of torchvision is made of; no weights are read or downloaded.
+
+    Returns:
+        ``architecture``, ``kind``, ``num_classes``, ``input_size``, ``parameters``, ``layers``, ``weights``, where they
+        come from, and ``next``, what converts it.
+    """
+    with EmptyOnMeta():
+        model = card.build(num_classes=card.num_classes)
+    command = f"lmh-convert zoo:{card.name} --timesteps 4 --dry-run"
+    if card.name.startswith(TORCHVISION):
+        weights, command = "torchvision's, downloaded when it is converted", command.replace("zoo:", "")
+    elif card.weights is not None:
+        weights = f"in this package; `lmh zoo show {card.name}` says how they were trained"
+    else:
+        weights, command = (
+            "none",
+            f"lmh-convert FILE --arch {card.name} --timesteps 4 --dry-run (FILE: of weights)",
+        )
+    return {
+        "architecture": card.name,
+        "kind": f"an architecture of {'torchvision' if card.name.startswith(TORCHVISION) else 'the zoo'}",
+        "num_classes": card.num_classes,
+        "input_size": list(card.preprocessing.input_size),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "layers": layer_counts(model),
+        "weights": weights,
+        "next": command,
+    }
+
+
+def card_lines(known: dict[str, Any]) -> list[str]:
+    """Return :func:`describe_card`'s answer as lines for a terminal."""
+    size = " × ".join(map(str, known["input_size"]))
+    return [
+        f"{known['architecture']}: {known['kind']}, {known['parameters']:,} parameters, "
+        f"{known['num_classes']} classes, input {size}",
+        f"layers: {_counted(known['layers'])}",
+        f"weights: {known['weights']}",
+        f"next: {known['next']}",
+    ]
+
+
+def _next(
+    path: Path, model: nn.Module, *, arch: str | None, entry: str | None, trust_pickle: bool, modules: tuple[str, ...]
+) -> str:
+    """Return the command that converts a file with the options it was read with; or the call, for several inputs."""
+    if _inputs(model) > 1:
+        options = {"arch": arch, "entry": entry, "trust_pickle": trust_pickle or None, "modules": modules or None}
+        given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
+        return (
+            "in Python, as the command takes one input: from lmh.convert import convert, load_source; "
+            f"model = load_source({str(path)!r}{given}).model; convert(model, 4, data=…)"
+        )
+    named = {"--arch": arch, "--entry": entry}
+    words = [word for name, value in named.items() if value is not None for word in (name, value)]
+    words += ["--trust-pickle"] * trust_pickle + [word for name in modules for word in ("--module", name)]
+    return shlex.join(["lmh-convert", str(path), "--timesteps", "4", *words, "--dry-run"])
+
+
+def _inputs(model: nn.Module) -> int:
+    """Return how many inputs a network's forward needs."""
+    needed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return sum(parameter.kind in needed and parameter.default is parameter.empty for parameter in parameters)
 
 
 def layer_counts(model: nn.Module) -> dict[str, int]:
@@ -75,36 +144,29 @@ def layer_counts(model: nn.Module) -> dict[str, int]:
 
 def file_lines(known: dict[str, Any]) -> list[str]:
     """Return :func:`describe_file`'s answer as lines for a terminal."""
-
-    def counts(values: dict[str, int]) -> str:
-        return ", ".join(f"{count} {name}" for name, count in values.items())
-
     lines = [f"{known['file']}: {known['kind']}, {known['bytes'] / 1e6:.1f} MB, sha256 {known['sha256'][:16]}…"]
     if known["operators"]:
-        lines.append(f"operators: {counts(known['operators'])}")
+        lines.append(f"operators: {_counted(known['operators'])}")
     if known["parameters"] is not None:
         name = known["architecture"] or "a network of its own"
         lines.append(f"network: {name}, {known['parameters']:,} parameters")
-        lines.append(f"layers: {counts(known['layers'])}")
+        lines.append(f"layers: {_counted(known['layers'])}")
     lines += known["notices"]
     if known["problem"]:
         return [*lines, f"cannot be converted: {known['problem']}"]
-    return [*lines, f"next: lmh-convert {known['file']} --timesteps 4 --dry-run"]
+    return [*lines, f"next: {known['next']}"]
 
 
-def _is_hdf5(path: Path) -> bool:
-    if not is_there(path) or path.is_dir():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(HDF5)) == HDF5
+def _counted(values: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in values.items())
 
 
-def _operators(path: Path, kind: str) -> dict[str, int]:
+def _operators(path: Path, kind: FileKind) -> dict[str, int]:
     """Count the operators of an ONNX graph, or the nodes of a NIR graph."""
-    if kind == FileKind.ONNX.value:
+    if kind is FileKind.ONNX:
         model = importlib.import_module("onnx").load(path, load_external_data=False)
         return dict(Counter(node.op_type for node in model.graph.node).most_common())
-    if kind == NIR_KIND:
+    if kind is FileKind.NIR:
         try:
             graph = importlib.import_module("nir").read(path)
         except ImportError:

@@ -13,8 +13,9 @@ from ..artifact import FORMAT, read_snn, read_tensors, user_path
 from ..errors import ArtifactError, SourceError
 from ..readout import READOUTS
 from ..records import frozen_value
+from ..zoo.registry import SNNS, TORCHVISION, Card
 from .cli_inputs import source_options
-from .describe import describe_file, file_lines
+from .describe import card_lines, describe_card, describe_file, file_lines
 from .files import FileKind, kind_of_file
 
 
@@ -23,7 +24,15 @@ from .files import FileKind, kind_of_file
 @source_options
 @click.option("--json", "as_json", is_flag=True, help="Print what is known as one JSON object.")
 def inspect_command(file: str, as_json: bool, **options: Any) -> None:
-    """Say what FILE is: a spiking network (or zoo:NAME), a model file of any kind, or an export. Nothing is run."""
+    """Say what FILE is: a spiking network (or zoo:NAME), a model file of any kind, or an export. Nothing is run.
+
+    torchvision:NAME, and zoo:NAME of an ANN, are described without weights.
+    """
+    card = _card(file)
+    if card is not None:
+        described = describe_card(card)
+        click.echo(json.dumps(described) if as_json else "\n".join(card_lines(described)))
+        return
     path = zoo.snn_path(file) if file.startswith("zoo:") else user_path(file)
     if not is_spiking(path):
         known = describe_file(path, **options)
@@ -46,6 +55,14 @@ def inspect_command(file: str, as_json: bool, **options: Any) -> None:
     for key in ("metrics", "epochs", "seed", "data", "samples", "command", "versions"):
         if key in manifest:
             click.echo(f"{key}: {_text(manifest[key])}")
+
+
+def _card(file: str) -> Card | None:
+    """Return the card of an ANN that is named as ``torchvision:NAME`` or ``zoo:NAME``."""
+    name = file.removeprefix("zoo:")
+    if name.startswith(TORCHVISION) or (file.startswith("zoo:") and name not in SNNS):
+        return zoo.card(name)
+    return None
 
 
 def is_spiking(path: Path) -> bool:

@@ -15,14 +15,12 @@ from ..artifact import file_digest, user_path
 from ..errors import ArchitectureError, ArgumentError, SourceError
 from ..structures import INPUT_SIZE
 from ..zoo.registry import TORCHVISION, Card
-from .architectures import Fit, differences, fits, nearest, recognised, shapes_of
+from .architectures import SHOWN, Fit, differences, fits, nearest, recognised, shapes_of, some
 from .checkpoints import chosen, is_average
-from .files import FileKind, kind_of_file, read_object
-from .pickles import Trust
+from .files import FileKind, kind_of_file, read_object, refuse_export
+from .pickles import OWN_CLASS_ADVICE, Trust
 from .programs import exported_weights, script_weights
 from .tracing import bare
-
-SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,7 @@ def load_source(
     trust = Trust(trust_pickle, tuple(modules))
     card = zoo.card(arch) if arch is not None else None
     kind = kind_of_file(path)
+    refuse_export(path, kind)
     digest = file_digest(path)
     if kind is FileKind.TORCHSCRIPT or (kind is FileKind.EXPORTED and (card or not trust_pickle)):
         fit, state, notices = _of_program(path, kind, card, entry, trust)
@@ -202,16 +201,14 @@ def _fit(path: Path, state: dict[str, Tensor], card: Card | None) -> Fit:
     shapes = shapes_of(state)
     found = recognised(shapes) if card is None else fits(shapes, card)
     if not found and card is not None:
-        lines = differences(shapes, card)
-        more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
         raise ArchitectureError(
-            f"{path}: does not fit {card.name}: {'; '.join(lines[:SHOWN])}{more}. Choose another --arch."
+            f"{path}: does not fit {card.name}: {some(differences(shapes, card))}. Choose another --arch. "
+            f"{OWN_CLASS_ADVICE}"
         )
     if not found:
         raise ArchitectureError(
             f"{path}: {len(state)} tensors ({', '.join(list(state)[:SHOWN])}, …) that fit no architecture of the zoo "
-            f"or of torchvision; nearest is {nearest(shapes)}. Name it with --arch, or convert the module with "
-            "lmh.convert.convert(model, …)."
+            f"or of torchvision; {nearest(shapes)} {OWN_CLASS_ADVICE}"
         )
     best = min(map(_rank, found))
     found = [fit for fit in found if _rank(fit) == best]

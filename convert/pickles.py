@@ -41,9 +41,14 @@ DICTS = (
     "lightning.pytorch.utilities.parsing.AttributeDict", "easydict.EasyDict", "yacs.config.CfgNode",
     "addict.addict.Dict", "munch.Munch", "mmcv.utils.config.ConfigDict", "mmengine.config.config.ConfigDict",
 )  # fmt: skip
+OWN_CLASS_ADVICE = (
+    "When the weights fit no known architecture, save the module itself with torch.save(model, file) and pass --module "
+    "my_pkg.my_file, the module that defines its class (or convert it in Python with lmh.convert.convert)."
+)
 TRUST_ADVICE = (
     "Only if you trust where the file comes from, pass --trust-pickle (trust_pickle=True), which lets it run "
-    "code. Better: save the state_dict alone with torch.save(model.state_dict(), file)."
+    "code. Better: save the state_dict alone with torch.save(model.state_dict(), file). "
+    f"{OWN_CLASS_ADVICE}"
 )
 _HARMLESS = {"argparse.Namespace": argparse.Namespace}
 _PICKLES_OF_A_LEGACY_FILE = 4

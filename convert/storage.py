@@ -19,6 +19,7 @@ from ..readout import READOUTS
 from ..records import Calibration, frozen_value, plain_value
 from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, sites
 from ..surrogates import Arctan, Dspike, Rectangle, Sigmoid, Triangle
+from .files import check_saved
 from .loading import load_again
 from .maxpool import AveragePool, BeforeNeuron, Gated
 from .normalisation import TEBN, PlainBatchNorm, TdBN
@@ -213,6 +214,7 @@ def load(
     if not isinstance(file, (str, Path)):
         raise ArtifactError(f"load: file is {described(file)}; expected a path or zoo:NAME. Pass 'net.safetensors'.")
     path = zoo.snn_path(file) if isinstance(file, str) and file.startswith("zoo:") else user_path(file)
+    check_saved(path)
     tensors, manifest = read_snn(path)
     try:
         recipe: Recipe = frozen_value(manifest["recipe"], _TYPES)

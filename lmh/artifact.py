@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -132,7 +133,10 @@ def read_snn(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
-        raise ArtifactError(f"{path}: holds tensors but no spiking network; expected a file written by lmh-convert.")
+        raise ArtifactError(
+            f"{path}: holds tensors but no spiking network; expected a file written by lmh-convert. Convert it first: "
+            f"lmh-convert {shlex.quote(str(path))} --timesteps 4."
+        )
     version, manifest = metadata.get("version"), metadata.get("manifest")
     if isinstance(version, int) and version > VERSION:
         raise ArtifactError(f"{path}: format version {version}; this lmh reads up to {VERSION}. Update lmh-convert.")

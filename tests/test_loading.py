@@ -218,8 +218,34 @@ def test_a_spiking_network_as_source_is_refused_as_what_it_is() -> None:
 
 def test_weights_that_differ_in_one_shape_are_refused_with_the_nearest_architecture() -> None:
     torch.save({**random_net().state_dict(), "stem.0.weight": torch.zeros(24, 3, 3, 3)}, "model.pt")
-    with pytest.raises(ArchitectureError, match=r"model\.pt.*nearest is digits-cnn.*--arch"):
+    shapes = r"stem\.0\.weight is \[24, 3, 3, 3\] instead of \[24, 1, 3, 3\]\."
+    with pytest.raises(
+        ArchitectureError, match=rf"model\.pt.*nearest is digits-cnn with 10 classes; .*{shapes} When.*--mod"
+    ):
         convert.load_source("model.pt")
+
+
+def test_the_number_of_classes_is_no_difference_from_the_nearest_architecture() -> None:
+    net = torchvision().models.resnet18(num_classes=7)
+    net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    torch.save(net.state_dict(), "changed.pt")
+    conv = "conv1.weight is [64, 3, 3, 3] instead of [64, 3, 7, 7]."
+    with pytest.raises(ArchitectureError) as caught:
+        convert.load_source("changed.pt")
+    assert f"nearest is torchvision:resnet18 with 7 classes; what differs: {conv} When" in str(caught.value)
+    with pytest.raises(ArchitectureError) as caught:
+        convert.load_source("changed.pt", arch="torchvision:resnet18")
+    assert f"does not fit torchvision:resnet18: {conv} Choose" in str(caught.value)
+    torch.save(net, "module.pt")
+    assert same_function(convert.load_source("module.pt").model, net.eval(), 3, 32, 32)
+
+
+def test_weights_with_no_name_in_common_with_any_architecture_say_so_in_a_sentence() -> None:
+    torch.save({"mine.w": torch.zeros(2, 2), "mine.b": torch.zeros(2)}, "mine.pt")
+    with pytest.raises(
+        ArchitectureError, match=r"none of those has a tensor of the same name\. When .*torch\.save\(model"
+    ):
+        convert.load_source("mine.pt")
 
 
 def test_a_network_of_ones_own_is_loaded_from_the_file_it_was_made_from() -> None:

@@ -177,7 +177,14 @@ class TestUsersModules:
     def test_without_its_name_it_is_refused_with_advice_that_works_and_not_imported(self) -> None:
         with pytest.raises(UnsafePickleError) as caught:
             convert.load_source("mine.pt")
-        for part in ("mine.pt", f"{MODULE}.Mine", f"--module {MODULE}", "--trust-pickle", "run code"):
+        for part in (
+            "mine.pt",
+            f"{MODULE}.Mine",
+            f"--module {MODULE}",
+            "--trust-pickle",
+            "run code",
+            "save the module itself",
+        ):
             assert part in str(caught.value)
         assert MODULE not in sys.modules
         assert not Path("imported").exists()

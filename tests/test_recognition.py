@@ -74,7 +74,12 @@ def test_one_shape_that_differs_is_no_fit() -> None:
     wrong["layer3.0.conv1.weight"] = (256, 128, 5, 5)
     assert recognised(wrong) == []
     assert fits(wrong, zoo.card("torchvision:resnet18")) == []
-    assert nearest(wrong) == "torchvision:resnet18, which shares 102 of its 102 names and 101 shapes"
+    change = "layer3.0.conv1.weight is [256, 128, 5, 5] instead of [256, 128, 3, 3]"
+    assert nearest(wrong) == f"nearest is torchvision:resnet18 with 1000 classes; what differs: {change}."
+    few = {key: shape for key, shape in wrong.items() if not key.startswith("layer4.1.")}
+    assert nearest(few).startswith(
+        "nearest is torchvision:resnet18, which shares 92 of its 102 names and 91 shapes (--arch"
+    )
     assert differences(wrong, zoo.card("torchvision:resnet18")) == [
         "layer3.0.conv1.weight is [256, 128, 5, 5] instead of [256, 128, 3, 3]"
     ]
@@ -85,7 +90,7 @@ def test_a_head_of_ones_own_is_no_fit_and_the_nearest_is_named() -> None:
     for name in ("weight", "bias"):
         own[f"fc.1.{name}"] = own.pop(f"fc.{name}")
     assert recognised(own) == []
-    assert nearest(own).startswith("torchvision:resnet34, which shares 180 of its 182 names and 180 shapes")
+    assert "nearest is torchvision:resnet34 with 1000 classes; what differs: missing fc.weight" in nearest(own)
     assert differences(own, zoo.card("torchvision:resnet34")) == [
         "missing fc.weight", "missing fc.bias", "unexpected fc.1.weight", "unexpected fc.1.bias"
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from ...artifact import user_path, write_atomically
 from ...errors import ArtifactError
+from ..files import EXPORT_MARK
 from ..pipeline import Conversion
 from .deploy import deployed, random_inputs, required_shape
 from .result import Exported
@@ -83,6 +84,8 @@ def _onnx_bytes(path: Path, model: fx.GraphModule, shape: Sequence[Any]) -> byte
             "Export to pt2 instead."
         ) from error
     proto = exported.model_proto
+    key, value = EXPORT_MARK
+    proto.metadata_props.add(key=key, value=value)
     size = proto.ByteSize()
     if size > PROTOBUF_LIMIT:
         raise ArtifactError(

@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 from ...artifact import user_path, write_atomically
 from ...errors import ArtifactError
 from ...structures import tensors_of
+from ..files import EXPORT_MARK
 from ..pipeline import Conversion
 from .deploy import at_rest, deployed, network_of, random_inputs, required_shape, takes_events
 from .result import Comparison, Exported, compare
@@ -89,7 +90,7 @@ def export_pt2(
     shape = required_shape(network, input_shape)
     model = deployed(network, shape)
     buffer = io.BytesIO()
-    torch.export.save(traced(model, shape), buffer)
+    torch.export.save(traced(model, shape), buffer, extra_files=dict([EXPORT_MARK]))
     loaded = torch.export.load(io.BytesIO(buffer.getvalue())).module()
     comparison = beside_the_network(lambda *inputs: tensors_of(loaded(*inputs)), network, shape)
     if not comparison.agrees:

@@ -101,6 +101,8 @@ def _plain(model: ModelProto, where: str, file: Path | None) -> ModelProto:
     _check_opset(model, where)
     if file is None:
         _check_inside(model, where)
+    else:
+        _check_beside(model, file)
     try:
         if _unalias(model) or file is None:
             onnx.checker.check_model(model)
@@ -140,6 +142,18 @@ def _check_inside(model: ModelProto, where: str) -> None:
         raise SourceError(
             f"{where}: the data of {len(outside)} initializers ({outside[0]}, …) is in a file of its own; expected it "
             "with the model. Pass the path of the .onnx file instead."
+        )
+
+
+def _check_beside(model: ModelProto, file: Path) -> None:
+    """Refuse a model whose weights are in another file of its folder that is not there."""
+    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
+    names = dict.fromkeys(entry.value for entry in entries if entry.key == "location")
+    missing = [name for name in names if Path(name).name == name and not is_there(file.parent / name)]
+    if missing:
+        raise SourceError(
+            f"{file}: its weights are in {', '.join(missing)}, which is not in the folder {file.parent}; expected the "
+            f"files side by side. Copy {', '.join(missing)} beside it."
         )
 
 
