@@ -65,7 +65,7 @@ def kind_of_file(path: Path) -> FileKind:
         return FileKind.ONNX
     raise SourceError(
         f"{path}: begins with {head!r} and is cut short or no model file that is known; expected {EXPECTED}. "
-        "Copy it again, or save the network with torch.save(model, file)."
+        "Copy it again, or save the state_dict with torch.save(model.state_dict(), file)."
     )
 
 

@@ -89,7 +89,7 @@ def numpy_bytes(writer: Callable[..., None], *arrays: np.ndarray, **named: np.nd
     ("data", "words"),
     [
         (b"", ["is empty", "expected a model file", "again"]),
-        (b"these are no weights\n", ["begins with", "a file of torch.save or a .safetensors", "state_dict"]),
+        (b"these are no weights\n", ["begins with", "a file of torch.save, a .safetensors", "state_dict"]),
         (torch_bytes(WEIGHTS)[:100], ["truncated or damaged", "expected a whole file", "Copy it again"]),
         (torch_bytes(WEIGHTS)[:-30], ["truncated or damaged", "expected a whole file", "Copy it again"]),
         (torch_bytes(WEIGHTS, legacy=True)[:10], ["cannot be read", "expected a whole file", "again"]),
@@ -159,7 +159,7 @@ def test_a_pickle_that_runs_code_is_not_run(form: str) -> None:
 def test_a_state_dict_of_an_unknown_architecture_is_refused() -> None:
     torch.save({"a.weight": torch.zeros(4, 3), "b.weight": torch.zeros(1000, 4)}, "model.pt")
     message = refused(1, "model.pt", "-T", 2)
-    says(message, "model.pt", "2 tensors", "a.weight", "fit no architecture", "--arch", "lmh.convert")
+    says(message, "model.pt", "2 tensors", "a.weight", "fit no architecture", "--module", "lmh.convert")
 
 
 @pytest.mark.parametrize(

@@ -189,9 +189,7 @@ def test_a_prefix_is_stripped_only_where_the_rest_fits() -> None:
     weights.pop("model.head.bias")
     with pytest.raises(ArchitectureError, match=r"model\.pt: does not fit digits-cnn: missing head\.bias\. Choose"):
         loaded(weights, arch="digits-cnn")
-    with pytest.raises(
-        ArchitectureError, match=r"nearest is digits-cnn with 10 classes; what differs: missing head\.bias\. "
-    ):
+    with pytest.raises(ArchitectureError, match=r"nearest is digits-cnn with 10 classes; .*: missing head\.bias\. "):
         loaded(weights)
 
 

@@ -70,7 +70,7 @@ class TestWeights:
         assert torch.equal(import_onnx(str(tmp_path / "m.onnx"))(x), expected)
         assert "pass the path" in refusal(onnx.load(tmp_path / "m.onnx", load_external_data=False)).lower()
         (tmp_path / "m.data").unlink()
-        assert "not a valid ONNX model" in refusal(tmp_path / "m.onnx")
+        assert "Copy m.data beside it." in refusal(tmp_path / "m.onnx")
 
     def test_half_precision_is_kept(self) -> None:
         model = make([node("Gemm", "x,w", "y")], {"x": (1, 4)}, constants={"w": values(4, 3).astype(np.float16)})
