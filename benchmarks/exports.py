@@ -2,6 +2,7 @@
 
     python benchmarks/exports.py
     python benchmarks/exports.py --models resnet18,squeezenet1_1 --inputs 50
+    python benchmarks/exports.py --quick
 
 Each network is trained for some epochs on 1,200 of scikit-learn's digits, enlarged to 64×64, converted at T = 4,
 measured on others of them, and exported three times:
@@ -149,8 +150,12 @@ def examined(model: nn.Module, fitted: Tensor, x: Tensor, classes: Tensor, nir_i
 @click.option("--epochs", default=6, show_default=True, help="Of training.")
 @click.option("--inputs", default=200, show_default=True, help="For ONNX and pt2.")
 @click.option("--nir-inputs", default=4, show_default=True, help="For the executor in NumPy.")
-def main(models: str, epochs: int, inputs: int, nir_inputs: int) -> None:
+@click.option("--quick", is_flag=True, help="One small network, hardly trained, on few inputs.")
+def main(models: str, epochs: int, inputs: int, nir_inputs: int, quick: bool) -> None:
     """Export torchvision's networks and compare the files with them."""
+    if quick:
+        models, epochs, inputs, nir_inputs = "squeezenet1_1", 1, 8, 1
+    count = 2 * BATCH if quick else TRAINED
     print(f"seed 0, T = {STEPS}, n = {inputs} inputs ({nir_inputs} for NIR), 3×{SIZE}×{SIZE}, lmh {__version__}, torch "
           f"{torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads", flush=True)  # fmt: skip
     lines = {}
@@ -158,7 +163,7 @@ def main(models: str, epochs: int, inputs: int, nir_inputs: int) -> None:
     x, labels = images[TRAINED:][:inputs], classes[TRAINED:][:inputs]
     for name in models.split(","):
         started = time.perf_counter()
-        model = trained(name, images[:TRAINED], classes[:TRAINED], epochs)
+        model = trained(name, images[:count], classes[:count], epochs)
         with tempfile.TemporaryDirectory() as folder:
             lines[name] = examined(model, images[:FITTED], x, labels, nir_inputs, Path(folder) / name)
         accuracies = f"ANN {100 * lines[name].ann:.1f} %  SNN {100 * lines[name].snn:.1f} %"

@@ -18,7 +18,8 @@ import torch
 from lmh import __version__, evaluate
 from lmh.calibrate import policy_text
 from lmh.convert import convert
-from lmh.convert.cli_inputs import Amounts, PolicyType, open_inputs
+from lmh.convert.calibration_cli import PolicyType
+from lmh.convert.cli_inputs import Amounts, open_inputs
 from lmh.convert.loading import load_source
 
 POLICIES = ("minerror", "max", "percentile:99.9", "batchnorm")

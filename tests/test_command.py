@@ -367,7 +367,7 @@ def test_a_killed_job_resumes_as_if_it_had_not_been(tuned: Job, monkeypatch: pyt
         (2, ["convert", "zoo:digits-cnn"], ["Missing option", "--timesteps"]),
         (2, ["convert", *ZOO, "--finetune", 1], ["--finetune needs --data"]),
         (1, ["report", "gone.safetensors", "--data", "digits"], ["gone.safetensors", "no such file"]),
-        (1, ["inspect", "zoo:nothing"], ["zoo:nothing", "zoo:digits-cnn-t4"]),
+        (1, ["inspect", "zoo:nothing"], ["'nothing'", "lmh zoo list"]),
         (1, ["zoo", "show", "digits"], ["'digits'", "nearest: digits-cnn"]),
     ],
 )
