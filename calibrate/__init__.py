@@ -5,6 +5,8 @@ Every policy turns one histogram per activation into θ:
 - :class:`Max` and :class:`Percentile` look at the largest values alone, so their θ is the same for every T.
 - :class:`MinError` minimises the squared error of the ReLU with L levels that T steps can express,
   L = min(T, ⌈base_levels + levels_per_step · T⌉). With its defaults L = T, as for one layer alone.
+- :class:`LocalThresholdBalancing` solves for the θ where clipping and rounding are in balance, with T levels.
+- :class:`KLDivergence` keeps most of the distribution with T levels.
 - :class:`BatchNormStatistics` is MinError over the distribution that BatchNorm predicts; it needs no data.
 
 :func:`automatic` is what ``convert`` takes where no policy is named, and what ``--calibration minerror`` and

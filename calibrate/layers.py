@@ -13,11 +13,10 @@ from torch import Tensor, fx, nn
 from ..op_table import BATCHNORM_MODULES, SYNAPSE_MODULES
 from ..ops import module_of
 from ..spiking import SpikingSite
-from ..time_axis import EnterTail, LeaveTail, LeaveTime, RepeatInTail, RepeatOverTime
+from ..time_axis import Border
 from .lockstep import Lockstep
 
 LEAST_SCALE = 1e-4
-BORDERS = (EnterTail, LeaveTail, LeaveTime, RepeatInTail, RepeatOverTime)
 ADDITIONS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
@@ -46,11 +45,6 @@ class Layer:
         home = self.norm if self.norm is not None else self.synapse
         assert home is not None
         return home
-
-    @property
-    def modules(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """The weighted sum and the BatchNorm, None for one that is not there."""
-        return tuple(None if node is None else module_of(node) for node in (self.synapse, self.norm))  # type: ignore[return-value]
 
     @property
     def axis(self) -> int:
@@ -98,7 +92,7 @@ def _way(lockstep: Lockstep, home: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...
         if reader.target in ADDITIONS and len(reader.all_input_nodes) == 2 and not reader.kwargs:
             others += [source for source in reader.all_input_nodes if source is not current]
             end = reader
-        elif not isinstance(module, BORDERS):
+        elif not isinstance(module, Border):
             break
         current = reader
     return end, tuple(others), None

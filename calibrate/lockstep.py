@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from ..arguments import check_batches, split_batch
 from ..errors import ArgumentError, CalibrationError
 from ..records import Prepared
-from ..spiking import SpikingSite
+from ..spiking import sites
 from ..structures import input_count
 from ..time_axis import FoldEvents, time_axis
 from .blocks import of_the_input
@@ -41,9 +41,8 @@ class Lockstep:
         self.timesteps = time_axis(snn).timesteps
         self._signals = of_the_input(snn.graph)
         self._twins = {node.name: node for node in prepared.model.graph.nodes}
-        missing = [
-            path for path in prepared.spiking if not isinstance(dict(snn.named_modules()).get(path), SpikingSite)
-        ]
+        found = sites(snn)
+        missing = [path for path in prepared.spiking if path not in found]
         if missing or not prepared.spiking:
             raise ArgumentError(
                 f"the spiking network has no neurons at {', '.join(missing) or 'all'}; expected the network that was "
@@ -76,19 +75,12 @@ class Lockstep:
             for interpreter in self._anns:
                 _forget(interpreter, twin)
 
-    def raw(self, node: fx.Node) -> list[Any]:
-        """Return what a node of the spiking network gives for each batch, [N, *F] or folded [T·N, *F].
-
-        A node that has not run yet, such as a shortcut that a later sum reads, is computed and not kept.
-        """
-        return [_value(interpreter, node, {}) for interpreter in self._snns]
-
     def per_step(self, node: fx.Node) -> list[Tensor]:
         """Return what a node of the spiking network gives at every step, [T, N, *F] for each batch.
 
         What does not depend on time comes T times, without a copy.
         """
-        values = self.raw(node)
+        values = _values(self._snns, node)
         if node not in self._signals:
             return [value.expand(self.timesteps, *value.shape) for value in values]
         return [self._unfolded(value, size) for value, size in zip(values, self.sizes, strict=True)]
@@ -98,15 +90,14 @@ class Lockstep:
 
         What does not depend on the input, such as a parameter, comes as it is.
         """
-        values = self.raw(node)
+        values = _values(self._snns, node)
         if node not in self._signals:
             return values
         return [_mean(value, size) for value, size in zip(values, self.sizes, strict=True)]
 
     def expected(self, node: fx.Node) -> list[Tensor]:
         """Return what the ANN's node gives, [N, *F] for each batch; the mean over the frames of events."""
-        twin = self._twins[node.name]
-        values = [_value(interpreter, twin, {}) for interpreter in self._anns]
+        values = _values(self._anns, self._twins[node.name])
         return [_mean(value, size) for value, size in zip(values, self.sizes, strict=True)]
 
     def _unfolded(self, value: Tensor, size: int) -> Tensor:
@@ -130,6 +121,14 @@ def _forget(interpreter: fx.Interpreter, node: fx.Node | None) -> None:
     """Free what nothing later reads."""
     for source in interpreter.user_to_last_uses.get(node, []) if node is not None else []:
         interpreter.env.pop(source, None)
+
+
+def _values(interpreters: list[fx.Interpreter], node: fx.Node) -> list[Any]:
+    """Return what a node gives for each batch, [N, *F] or folded [T·N, *F].
+
+    A node that has not run yet, such as a shortcut that a later sum reads, is computed and not kept.
+    """
+    return [_value(interpreter, node, {}) for interpreter in interpreters]
 
 
 def _value(interpreter: fx.Interpreter, node: fx.Node, found: dict[fx.Node, Any]) -> Any:

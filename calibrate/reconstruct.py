@@ -25,8 +25,9 @@ from ..errors import ArgumentError, CalibrationError
 from ..records import Prepared
 from ..spiking import COEFFICIENTS, SpikingSite
 from ..structures import input_count
-from ..time_axis import FoldEvents, time_axis
+from ..time_axis import time_axis
 from .blocks import Block, blocks, cut
+from .lockstep import takes_events
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def reconstruct(
     True
     """
     settings = Reconstruction() if settings is None else settings
-    if any(isinstance(module, FoldEvents) for module in snn.modules()):
+    if takes_events(snn):
         raise ArgumentError("reconstruct: the network takes event frames; expected one that takes static images.")
     if input_count(prepared.model) != 1:
         raise ArgumentError("reconstruct: the network takes several inputs; expected one. Fine-tune it instead.")

@@ -14,9 +14,9 @@ from ..op_table import BATCHNORM_MODULES, SYNAPSE_MODULES, Kind
 from ..ops import kind_of, module_of
 from ..qcfs import QCFS
 from ..records import Prepared
+from .layers import LEAST_SCALE
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, QCFS)
-LEAST_SCALE = 1e-4
 
 
 def stand_ins(prepared: Prepared) -> list[str]:

@@ -58,8 +58,9 @@ class WeightRegression(Correction):
 
     def fit(self, lockstep: Lockstep, layer: Layer) -> None:
         """Replace the weights of a layer of the spiking network, before it runs."""
-        module, norm = layer.modules
-        if layer.synapse is None or not isinstance(module, REGRESSABLE) or _reads_the_truth(lockstep, layer):
+        assert layer.synapse is not None
+        module, norm = module_of(layer.synapse), module_of(layer.norm) if layer.norm is not None else None
+        if not isinstance(module, REGRESSABLE) or _reads_the_truth(lockstep, layer):
             return
         if isinstance(norm, BATCHNORM_MODULES) and norm.running_mean is None:
             return

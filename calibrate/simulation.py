@@ -1,4 +1,4 @@
-"""The neurons of a site on their own: what they answer to currents, and which θ and v_init answer best."""
+"""The neurons of a site on their own: what they answer to currents."""
 
 from __future__ import annotations
 
