@@ -30,7 +30,6 @@ class SiteError:
         clipping: share of what lies above θ.
         rounding: share of what T spikes cannot express.
         timing: share of the order in which currents come.
-        total: E[(o − a)²]/E[a²], the sum of the four shares.
         alone: E[e²]/E[a²] of each of the four parts by itself, in this order; these do not add up.
     """
 
@@ -39,8 +38,12 @@ class SiteError:
     clipping: float
     rounding: float
     timing: float
-    total: float
     alone: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        """E[(o − a)²]/E[a²], the sum of the four shares."""
+        return self.inherited + self.clipping + self.rounding + self.timing
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,11 @@ class Diagnosis:
             "rows": [{name: getattr(row, name) for name in names} for row in self.rows],
         }
 
-    def table(self) -> list[list[str]]:
-        """Return a heading and a row of text for each site, shares in per cent of the activation's energy."""
-        heading = ["site", "error", *CAUSES]
-        body = [
-            [row.path, *(f"{100 * value:.1f} %" for value in (row.total, *(getattr(row, cause) for cause in CAUSES)))]
-            for row in self.rows
-        ]
-        return [heading, *body]
-
     def lines(self) -> list[str]:
-        """Return the table as aligned lines of text."""
-        table = self.table()
+        """Return a heading and a line of text for each site, shares in per cent of the activation's energy."""
+        names = ("total", *CAUSES)
+        body = [[row.path, *(f"{100 * getattr(row, name):.1f} %" for name in names)] for row in self.rows]
+        table = [["site", "error", *CAUSES], *body]
         widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
         return [
             "  ".join(
@@ -160,5 +156,4 @@ def _site_error(lockstep: Lockstep, node: fx.Node, activation: nn.Module) -> Sit
         energy += float(a.double().square().sum())
     unit = energy if energy > 0 else 1.0
     inherited, clipping, rounding, timing = (shared / unit).tolist()
-    total = inherited + clipping + rounding + timing
-    return SiteError(str(node.target), inherited, clipping, rounding, timing, total, tuple((energies / unit).tolist()))
+    return SiteError(str(node.target), inherited, clipping, rounding, timing, tuple((energies / unit).tolist()))
