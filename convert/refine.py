@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..arguments import check_batches, check_kind, split_batch
 from ..calibrate import BlockResult, Correction, Reconstruction, changes, correct, reconstruct
+from ..calibrate.correct import own_copy
 from ..records import Calibration
 from .pipeline import Conversion, assemble
 
@@ -57,13 +58,12 @@ def refine(
     if not isinstance(data, Tensor):
         check_batches("refine: data", data)
         data = list(data)
-    wanted = [corrections] if isinstance(corrections, (Correction, str)) else list(corrections)
     done = conversion
-    if wanted:
-        found = correct(done.snn, done.prepared, data, wanted, calibration=done.calibration)
+    if corrections:
+        found = correct(done.snn, done.prepared, data, corrections, calibration=done.calibration)
         done = _assembled(done, found)
     if reconstruction is not None:
-        start = assemble(done.prepared, done.calibration, done.recipe).snn
+        start = own_copy(done.snn)
         reconstruct(start, done.prepared, data, reconstruction, on_block=on_block)
         text = f"{done.calibration.policy} + {reconstruction}"
         done = _assembled(done, changes(start, done.prepared, text, _count(data)))

@@ -87,6 +87,15 @@ class TestRefine:
         once = refine(first, iter([(images, "labels")]), corrections=corrections, reconstruction=QUICK)
         assert same(once.snn, refine(first, images, corrections=corrections, reconstruction=QUICK).snn, images)
 
+    @pytest.mark.parametrize(
+        "stage", [{"corrections": SpikingMinError()}, {"reconstruction": Reconstruction(1, neuron_lr=0, weight_lr=0)}]
+    )
+    def test_each_stage_goes_on_from_the_network_as_it_is(self, stage: dict[str, Any]) -> None:
+        first = convert(nets.two_layers(), 3, data=torch.rand(48, 4))
+        first.snn.get_parameter("2.bias").data.add_(1)
+        done = refine(first, torch.rand(48, 4), **stage)
+        assert torch.equal(done.snn.get_parameter("2.bias"), first.snn.get_parameter("2.bias"))
+
     def test_without_any_stage_it_is_the_same(self, first: Conversion, images: Tensor) -> None:
         assert refine(first, images) is first
 
