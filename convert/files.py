@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
 import zipfile
 from enum import Enum
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..artifact import FORMAT, is_there, read_tensors
 from ..errors import ArtifactError, SourceError
-from .pickles import NO_TRUST, OWN_CLASS_ADVICE, Trust, read_pickle
+from .pickles import OWN_CLASS_ADVICE, Trust, read_pickle
 
 EXPORT_MARK = ("lmh_format", "spiking-network")
 """Name and value of the note by which an export of a spiking network, ONNX or .pt2, says what it is."""
@@ -108,7 +107,9 @@ def is_export(path: Path, kind: FileKind) -> bool:
             case FileKind.NIR:
                 return True
             case FileKind.ONNX:
-                model = importlib.import_module("onnx").load(path, load_external_data=False)
+                import onnx  # slow to import, and few files need it
+
+                model = onnx.load(path, load_external_data=False)
                 return any((entry.key, entry.value) == EXPORT_MARK for entry in model.metadata_props)
             case FileKind.EXPORTED:
                 with zipfile.ZipFile(path) as archive:
@@ -146,21 +147,19 @@ def check_saved(path: Path) -> None:
         )
 
 
-def read_object(path: Path, trust: Trust = NO_TRUST) -> Any:
+def read_object(path: Path, kind: FileKind, trust: Trust) -> Any:
     """Return what a model file holds, a module or a dict, on the CPU.
 
     Args:
         path: the file.
-        trust: what may be imported and run while it is read; by default nothing of the file's own.
+        kind: of the file, which :func:`refuse_export` let pass.
+        trust: what may be imported and run while it is read.
 
     Raises:
         UnsafePickleError: if reading it needs more trust.
         SourceError: if it cannot be read, or holds no network that can be rewritten.
     """
-    kind = kind_of_file(path)
     match kind:
-        case FileKind.NIR:
-            refuse_export(path, kind)
         case FileKind.ONNX:
             from .onnx_import import import_onnx
 

@@ -104,7 +104,7 @@ def load_source(
     if kind is FileKind.TORCHSCRIPT or (kind is FileKind.EXPORTED and (card or not trust_pickle)):
         fit, state, notices = _of_program(path, kind, card, entry, trust)
     else:
-        found, notices = chosen(path, read_object(path, trust), entry)
+        found, notices = chosen(path, read_object(path, kind, trust), entry)
         if isinstance(found, nn.Module):
             if arch is not None:
                 raise ArgumentError(f"arch={arch!r} came with {path}, which holds a whole module. Leave it out.")
@@ -183,7 +183,7 @@ def _of_program(
         fit = _fit(path, state, card)
     except ArchitectureError:
         if card is None:
-            read_object(path, trust)  # raises, with what such a file needs
+            read_object(path, kind, trust)  # raises, with what such a file needs
         raise
     notice = (
         f"Took the weights alone out of {kind.value}; that its program computes what {fit.card.name} does was not "
