@@ -1,4 +1,4 @@
-"""The command line's values as types: policies, sizes, and the batches that a job reads."""
+"""The command line's values as types: readouts, sizes, and the batches that a job reads."""
 
 from __future__ import annotations
 

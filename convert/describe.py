@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import shlex
 from collections import Counter
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from torch import nn
 
 from ..artifact import file_digest
 from ..errors import LMHError
+from ..structures import input_count
 from ..zoo.registry import TORCHVISION, Card
 from .architectures import EmptyOnMeta
 from .files import FileKind, kind_of_file
@@ -74,25 +74,22 @@ def describe_card(card: Card) -> dict[str, Any]:
     """
     with EmptyOnMeta():
         model = card.build(num_classes=card.num_classes)
-    command = f"lmh-convert zoo:{card.name} --timesteps 4 --dry-run"
+    home, named, note = "the zoo", f"zoo:{card.name}", ""
     if card.name.startswith(TORCHVISION):
-        weights, command = "torchvision's, downloaded when it is converted", command.replace("zoo:", "")
+        home, named, weights = "torchvision", card.name, "torchvision's, downloaded when it is converted"
     elif card.weights is not None:
         weights = f"in this package; `lmh zoo show {card.name}` says how they were trained"
     else:
-        weights, command = (
-            "none",
-            f"lmh-convert FILE --arch {card.name} --timesteps 4 --dry-run (FILE: of weights)",
-        )
+        named, note, weights = f"FILE --arch {card.name}", " (FILE: of weights)", "none"
     return {
         "architecture": card.name,
-        "kind": f"an architecture of {'torchvision' if card.name.startswith(TORCHVISION) else 'the zoo'}",
+        "kind": f"an architecture of {home}",
         "num_classes": card.num_classes,
         "input_size": list(card.preprocessing.input_size),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": layer_counts(model),
         "weights": weights,
-        "next": command,
+        "next": f"lmh-convert {named} --timesteps 4 --dry-run{note}",
     }
 
 
@@ -112,7 +109,7 @@ def _next(
     path: Path, model: nn.Module, *, arch: str | None, entry: str | None, trust_pickle: bool, modules: tuple[str, ...]
 ) -> str:
     """Return the command that converts a file with the options it was read with; or the call, for several inputs."""
-    if _inputs(model) > 1:
+    if input_count(model) > 1:
         options = {"arch": arch, "entry": entry, "trust_pickle": trust_pickle or None, "modules": modules or None}
         given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
         return (
@@ -123,13 +120,6 @@ def _next(
     words = [word for name, value in named.items() if value is not None for word in (name, value)]
     words += ["--trust-pickle"] * trust_pickle + [word for name in modules for word in ("--module", name)]
     return shlex.join(["lmh-convert", str(path), "--timesteps", "4", *words, "--dry-run"])
-
-
-def _inputs(model: nn.Module) -> int:
-    """Return how many inputs a network's forward needs."""
-    needed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(model.forward).parameters.values()
-    return sum(parameter.kind in needed and parameter.default is parameter.empty for parameter in parameters)
 
 
 def layer_counts(model: nn.Module) -> dict[str, int]:
@@ -164,7 +154,9 @@ def _counted(values: dict[str, int]) -> str:
 def _operators(path: Path, kind: FileKind) -> dict[str, int]:
     """Count the operators of an ONNX graph, or the nodes of a NIR graph."""
     if kind is FileKind.ONNX:
-        model = importlib.import_module("onnx").load(path, load_external_data=False)
+        import onnx  # slow to import, and few files need it
+
+        model = onnx.load(path, load_external_data=False)
         return dict(Counter(node.op_type for node in model.graph.node).most_common())
     if kind is FileKind.NIR:
         try:

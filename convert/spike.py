@@ -87,9 +87,9 @@ def spike(
         raise AuditError(problems)
     _insert_sites(model, regions, prepared, calibration, neuron, time)
     _Folding(model, time, regions, uses).run()
-    timed = {node for node, region in regions.items() if region is Region.TIMED}
-    place_norms(model, time, normalisation or PlainBatchNorm(), timed, calibration)
-    gate_pools(model, time, [n for n, r in regions.items() if r is Region.TIMED and n.name in prepared.gated])
+    timed = [node for node, region in regions.items() if region is Region.TIMED]
+    place_norms(model, time, normalisation or PlainBatchNorm(), set(timed), calibration)
+    gate_pools(model, time, [node for node in timed if node.name in prepared.gated])
     if isinstance(encoding, EventFrames):
         _fold_inputs(model, time)
     model.graph.eliminate_dead_code()
