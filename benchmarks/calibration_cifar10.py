@@ -39,15 +39,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import lmh
+import lmh.calibrate
+import lmh.convert
 from lmh import LMH, DelayedReadout, PerChannel, __version__
 from lmh.artifact import write_atomically
 from lmh.calibrate import (
-    BatchNormReestimation,
-    BatchNormStatistics,
-    BiasCorrection,
     Correction,
-    InitialPotential,
     KLDivergence,
     LocalThresholdBalancing,
     Max,
@@ -61,6 +58,7 @@ from lmh.calibrate import (
     diagnose,
 )
 from lmh.convert import Conversion, convert, refine
+from lmh.convert.calibration_cli import CORRECTIONS
 from lmh.convert.loading import load_source
 from lmh.zoo import Preprocessing, load_data, seeded_order
 from lmh.zoo.images import Split
@@ -111,24 +109,24 @@ def refined(
     return method
 
 
-BEST = (WeightRegression(), SpikingMinError())
+def named(name: str) -> tuple[Correction, ...]:
+    """Return the corrections that ``--correct`` knows by the names in ``weights + thresholds``, say."""
+    return tuple(CORRECTIONS[part] for part in name.split(" + "))
+
+
+BEST = named("weights + thresholds")
 FIT = Reconstruction(steps=200, neuron_lr=0.03, weight_lr=1e-3)
 METHODS: dict[str, Method] = {
     "max": thresholds(Max()),
     "percentile 99.9": thresholds(Percentile(99.9)),
-    "batchnorm statistics": thresholds(BatchNormStatistics(levels_per_step=0.5, base_levels=2.0)),
+    "batchnorm statistics": thresholds(automatic(has_data=False)),
     "kl divergence": thresholds(KLDivergence()),
     "local threshold balancing": thresholds(LocalThresholdBalancing()),
     "minerror, L = T": thresholds(MinError()),
     "minerror": thresholds(automatic(has_data=True)),
     "minerror, delayed": delayed(),
-    "v_init": refined(InitialPotential()),
-    "batchnorm": refined(BatchNormReestimation()),
-    "biases": refined(BiasCorrection()),
-    "biases + v_init": refined(BiasCorrection(), InitialPotential()),
-    "thresholds": refined(SpikingMinError()),
-    "weights": refined(WeightRegression()),
-    "weights + thresholds": refined(*BEST),
+    **{name: refined(*named(name)) for name in ("v_init", "batchnorm", "biases", "biases + v_init", "thresholds")},
+    **{name: refined(*named(name)) for name in ("weights", "weights + thresholds")},
     "weights + thresholds, delayed": delayed(*BEST),
     "weights + thresholds with leaks": refined(
         WeightRegression(), SpikingMinError(("lambda_s",)), neuron=LMH(granularity=PerChannel())
@@ -199,8 +197,8 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor, batch: int) -> 
 def code_digest() -> str:
     """Return the digest of the code that figures depend on."""
     found = hashlib.sha256()
-    modules = [lmh, *(__import__(f"lmh.{name}", fromlist=["x"]) for name in ("calibrate", "convert"))]
-    for file in sorted(file for module in modules for file in Path(str(module.__file__)).parent.glob("*.py")):
+    folders = [Path(str(module.__file__)).parent for module in (lmh, lmh.calibrate, lmh.convert)]
+    for file in sorted(file for folder in folders for file in folder.glob("*.py")):
         found.update(file.read_bytes())
     return found.hexdigest()[:16]
 
