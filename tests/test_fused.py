@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.machinery
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,24 +25,13 @@ from lmh.spiking import LMH, PerChannel, PerLayer, PerStep, SpikingSite
 from lmh.surrogates import Arctan, Rectangle, Sigmoid, Surrogate, Triangle
 from lmh.time_axis import TimeAxis
 from lmh.zoo.cifar_resnet import CifarResNet
+from reference import lmh_numpy as oracle
 
 NAMES = ("theta", "lambda_s", "lambda_d", "mu_s", "mu_d")
 SURROGATES = [Triangle(), Triangle(0.5), Rectangle(), Sigmoid(), Arctan()]
 T, N, C = 4, 3, 5
 SHAPES = {"linear": (N, C), "sequence": (N, C, 6), "image": (N, C, 4, 2), "video": (N, C, 2, 3, 2)}
 needs_compiler = pytest.mark.skipif(not kernels.can_compile("cpu"), reason="no C++ compiler")
-
-
-def _reference() -> ModuleType:
-    """Load the oracle by its path: ``tests`` is no package under every import mode."""
-    path = Path(__file__).parent / "reference" / "lmh_numpy.py"
-    loader = importlib.machinery.SourceFileLoader("lmh_numpy_reference", str(path))
-    module = ModuleType(loader.name)
-    loader.exec_module(module)
-    return module
-
-
-oracle = _reference()
 
 
 def last(x: Tensor) -> Tensor:

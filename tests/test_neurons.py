@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import math
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,18 +20,8 @@ from lmh.qcfs import QCFS
 from lmh.spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, SpikingSite, bounded
 from lmh.surrogates import Arctan, Dspike, Rectangle, Sigmoid, Surrogate, Triangle
 from lmh.time_axis import FoldEvents, LeaveTime, TimeAxis, carry_state, per_step
+from reference import lmh_numpy as oracle
 
-
-def _reference() -> ModuleType:
-    """Load the oracle by its path: ``tests`` is no package under every import mode."""
-    path = Path(__file__).parent / "reference" / "lmh_numpy.py"
-    loader = importlib.machinery.SourceFileLoader("lmh_numpy_reference", str(path))
-    module = ModuleType(loader.name)
-    loader.exec_module(module)
-    return module
-
-
-oracle = _reference()
 NAMES = ("lambda_s", "lambda_d", "mu_s", "mu_d")
 RAWS = ("raw_threshold", *(f"raw_{name}" for name in NAMES), "v_init")
 SURROGATES = [Triangle(), Triangle(0.5), Rectangle(), Sigmoid(), Arctan(), Dspike(), Dspike(1.0, 0.5)]
