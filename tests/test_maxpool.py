@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from commands import command, succeed
 from lmh import LIF, LMH, PerStep, carry_state, evaluate, per_step, prefixes, sites
 from lmh.artifact import read_snn, write_snn
 from lmh.calibrate import BatchNormStatistics, Max
-from lmh.cli import lmh, run
 from lmh.convert import (
     MAXPOOLS,
     AveragePool,
@@ -532,9 +531,8 @@ class TestCommand:
         return "net.pt"
 
     @pytest.mark.parametrize("name", MAXPOOLS)
-    def test_the_name_is_the_type(self, file: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert run(lmh, ["convert", file, "-T", "4", "--maxpool", name, *self.DATA]) == 0
-        result = json.loads(capsys.readouterr().out)
+    def test_the_name_is_the_type(self, file: str, name: str) -> None:
+        result = succeed("convert", file, "-T", 4, "--maxpool", name, *self.DATA).result
         snn = load(result["output"], source=file)
         assert snn.meta["lmh_manifest"]["recipe"]["maxpool"]["type"] == type(MAXPOOLS[name]).__name__
         assert any(isinstance(module, Accumulate) for module in snn.modules()) == (name == "gated")
@@ -544,27 +542,28 @@ class TestCommand:
         assert ("became average pools" in notices) == (name == "average")
 
     @pytest.mark.parametrize("name", MAXPOOLS)
-    def test_a_dry_run_uses_it(self, file: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert run(lmh, ["convert", file, "-T", "4", "--maxpool", name, "--dry-run", *self.DATA]) == 0
-        fates = {node["path"]: node["fate"] for node in json.loads(capsys.readouterr().out)["fates"]}
+    def test_a_dry_run_uses_it(self, file: str, name: str) -> None:
+        found = succeed("convert", file, "-T", 4, "--maxpool", name, "--dry-run", *self.DATA).result
+        fates = {node["path"]: node["fate"] for node in found["fates"]}
         assert fates["4"] == ("averaged" if name == "average" else "unchanged")
 
-    def test_the_advice_of_an_audit_works(self, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_advice_of_an_audit_works(self, file: str) -> None:
         layers = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 10))
         torch.save(nn.Sequential(*layers).eval(), file)
-        call = ["convert", file, "-T", "4", "--dry-run", *self.DATA]
-        assert run(lmh, call) == 1
-        assert "pass --maxpool gated or average" in json.loads(capsys.readouterr().out)["problems"][0]
+        call = ("convert", file, "-T", 4, "--dry-run", *self.DATA)
+        refused = command(*call)
+        assert refused.status == 1
+        assert "pass --maxpool gated or average" in refused.result["problems"][0]
         for name in ("gated", "average"):
-            assert run(lmh, [*call, "--maxpool", name]) == 0
+            succeed(*call, "--maxpool", name)
 
-    def test_help_says_what_each_means(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert run(lmh, ["convert", "--help"]) == 0
-        shown = " ".join(capsys.readouterr().out.split())
+    def test_help_says_what_each_means(self) -> None:
+        shown = " ".join(succeed("convert", "--help").out.split())
         for part in ("[before|average|gated]", "before: the maximum of the currents", "gated: behind them", "average:"):
             assert part in shown
-        assert run(lmh, ["convert", "net.pt", "-T", "4", "--maxpool", "max"]) == 2
-        assert "'max' is not one of 'before', 'average', 'gated'" in capsys.readouterr().err
+        status, _, err = command("convert", "net.pt", "-T", 4, "--maxpool", "max")
+        assert status == 2
+        assert "'max' is not one of 'before', 'average', 'gated'" in err
 
 
 @pytest.mark.slow

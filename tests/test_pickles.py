@@ -6,13 +6,11 @@ import argparse
 import collections
 import datetime
 import importlib
-import io
 import pickle
 import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from commands import command
 from lmh import convert, zoo
-from lmh.cli import lmh, run
 from lmh.convert.pickles import Trust, read_pickle
 from lmh.errors import ArgumentError, SourceError, UnsafePickleError
 
@@ -125,13 +123,6 @@ def forget() -> None:
 def saved(value: object, path: str = "model.pt", *, legacy: bool = False) -> str:
     torch.save(value, path, _use_new_zipfile_serialization=not legacy)
     return path
-
-
-def command(*arguments: object) -> tuple[int, str]:
-    err = io.StringIO()
-    with redirect_stdout(io.StringIO()), redirect_stderr(err):
-        status = run(lmh, list(map(str, arguments)))
-    return status, err.getvalue()
 
 
 class Call:
@@ -254,7 +245,7 @@ class TestUsersModules:
         snn = convert.load("snn.safetensors", "mine.pt", modules=(MODULE,))
         assert torch.equal(snn(x), conversion.snn(x))
         report = ("report", "snn.safetensors", "--data", "digits", "--source", "mine.pt", "--test-samples", 20)
-        status, message = command(*report)
+        status, _, message = command(*report)
         assert (status, f"--module {MODULE}" in message) == (1, True)
         assert command(*report, "--module", MODULE)[0] == 0
 
@@ -409,7 +400,7 @@ def test_a_class_of_the_users_own_loads_with_trust() -> None:
     model = convert.load_source("mine.pt", trust_pickle=True).model
     assert type(model).__module__ == MODULE
     arguments = ("convert", "mine.pt", "-T", 2, "--input-size", "1,8,8", "--data", "digits", "--test-samples", 20)
-    status, message = command(*arguments)
+    status, _, message = command(*arguments)
     assert (status, "--trust-pickle" in message) == (1, True)
     assert command(*arguments, "--trust-pickle")[0] == 0
 
