@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lmh import Kernel, carry_state, fused, kernels, per_step, use_kernel
 from lmh.fused import Job, run_neurons
+from lmh.memory_order import Order
 from lmh.neurons import Coefficients, State
 from lmh.spiking import LMH, PerChannel, PerLayer, PerStep, SpikingSite
 from lmh.surrogates import Arctan, Rectangle, Sigmoid, Surrogate, Triangle
@@ -173,14 +174,14 @@ def test_the_order_in_memory_is_kept_and_nothing_is_moved(
     order: Callable[[Tensor], Tensor], channels: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = case(shape, channels=channels, order=order)
-    flatten, seen = fused._Order.flatten, []
+    flatten, seen = Order.flatten, []
 
-    def watched(self: fused._Order, x: Tensor, *first: int) -> Tensor:
+    def watched(self: Order, x: Tensor, *first: int) -> Tensor:
         flat = flatten(self, x, *first)
         seen.append(flat.data_ptr() == x.data_ptr())
         return flat
 
-    monkeypatch.setattr(fused._Order, "flatten", watched)
+    monkeypatch.setattr(Order, "flatten", watched)
     output, (to_current, *_) = given.run(Kernel.FUSED)
     assert output.stride() == to_current.stride() == given.current.stride()
     assert seen
