@@ -1,6 +1,6 @@
 """The neurons of a site as one autograd function over all steps, which keeps nothing but its input current.
 
-The forward pass is :func:`lmh.neurons.charge` and the spike, step by step. The backward pass runs these steps again and
+The forward pass is :func:`lmh.neurons.lmh_step`, step by step. The backward pass runs these steps again and
 then :func:`lmh.neurons.lmh_step_adjoint` from the last to the first, so no potential is kept between the two. Both
 passes are plain functions of tensors, run as they are (FUSED) or compiled (COMPILED): see lmh/kernels.py.
 
@@ -12,7 +12,6 @@ memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .kernels import Kernel, compiles, program
-from .neurons import Coefficients, Moment, State, charge, lmh_run, lmh_step_adjoint, spikes
+from .memory_order import Order
+from .neurons import Coefficients, Moment, State, charge, lmh_run, lmh_step, lmh_step_adjoint, spikes
 from .surrogates import Surrogate
 
 
@@ -72,10 +72,9 @@ def forward_pass(
     outputs, state = [], State(v_dendrite, v_soma)
     for t in range(job.steps):
         now = job.coefficients(values, t)
-        v_dendrite, soma = charge(job.current(currents, t).to(now.v_threshold.dtype), state, now)
-        output = spikes(soma, now.v_threshold) * now.v_threshold
+        current = job.current(currents, t).to(now.v_threshold.dtype)
+        output, state = lmh_step(current, state, now, job.surrogate)
         outputs.append(output.to(currents.dtype))
-        state = State(v_dendrite, soma - output)
     return (torch.cat(outputs), *state) if keep else (torch.cat(outputs),)
 
 
@@ -149,47 +148,13 @@ def _shared(terms: Tensor, scalar: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Order:
-    """How [N, C, *F] lies in memory, and the flat axis of its neurons in that order."""
-
-    shape: torch.Size
-    channels_last: bool
-
-    def flatten(self, x: Tensor, *first: int) -> Tensor:
-        """[N, C, *F] → [M], or [T·N, C, *F] → [T, M]; a view where ``x`` lies in this order."""
-        x = x.movedim(1, -1) if self.channels_last else x
-        return x.reshape(*first, math.prod(self.shape))
-
-    def restore(self, x: Tensor, *first: int) -> Tensor:
-        """[M] → [N, C, *F], or [T·M] → [T·N, C, *F]; a view."""
-        batch, *rest = self.shape
-        batch = math.prod(first) * batch
-        return x.reshape(batch, *rest[1:], rest[0]).movedim(-1, 1) if self.channels_last else x.reshape(batch, *rest)
-
-    def write_out(self, value: Tensor) -> Tensor:
-        """[.., C] → [.., M]: a value per channel for each of its neurons."""
-        batch, channels, *rest = self.shape
-        value = value.unsqueeze(-2 if self.channels_last else -1)
-        axes = (math.prod(rest), channels) if self.channels_last else (channels, math.prod(rest))
-        return value.unsqueeze(-3).expand(*value.shape[:-2], batch, *axes).flatten(-3)
-
-    def sum_up(self, terms: Tensor) -> Tensor:
-        """[.., M] → [.., C]: the sum over the neurons of each channel."""
-        batch, channels, *rest = self.shape
-        positions = math.prod(rest)
-        if self.channels_last:
-            return terms.unflatten(-1, (batch * positions, channels)).sum(-2)
-        return terms.unflatten(-1, (batch, channels, positions)).sum(-1).sum(-2)
-
-
-@dataclass(frozen=True)
 class _Call:
     """One call of a site: what is run, by which kernel, and the order of its tensors."""
 
     job: Job
     kernel: Kernel
     keep: bool
-    order: _Order
+    order: Order
 
     def run(self, function: Any, variant: Any, *tensors: Tensor) -> Any:
         """Run a pass by the kernel, without autograd and autocast, which would only make it compile again."""
@@ -296,8 +261,7 @@ def run_neurons(job: Job, currents: Tensor, start: State, values: Coefficients, 
     if kernel is Kernel.EAGER:
         return Ran(*_run_eagerly(job, currents, start, values, keep), kernel)
     batch = currents.shape[0] if job.static else currents.shape[0] // job.steps
-    channels_last = currents.ndim > 1 and currents.movedim(1, -1).is_contiguous()
-    call = _Call(job, kernel, keep, _Order(torch.Size((batch, *currents.shape[1:])), channels_last))
+    call = _Call(job, kernel, keep, Order.of(currents, batch))
     output, *last = _Neurons.apply(call, currents, *start, *values)
     ran = Kernel.COMPILED if kernel is Kernel.COMPILED and compiles(job) else Kernel.FUSED
     return Ran(output, State(*last) if keep else None, ran)

@@ -111,7 +111,7 @@ def can_compile(device: str) -> bool:
 
 
 class Program:
-    """One pass over the neurons, compiled for any sizes when it is first called.
+    """One pass over the neurons, or QCFS, compiled for any sizes when it is first called.
 
     Args:
         function: takes ``job``, ``variant`` and tensors.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .errors import ArgumentError
 from .kernels import Kernel, choose, program
+from .memory_order import Order
 
 RAW_LIMIT = 60.0
 
@@ -83,7 +84,7 @@ class _Quantize(torch.autograd.Function):
         if ctx.layout is None:
             return _quantized(levels, x.dtype, x, v_threshold)
         theta = ctx.layout.aligned(v_threshold)
-        return ctx.layout.restored(program(_quantized, levels, x.dtype)(ctx.layout.flat(x), theta), x)
+        return ctx.layout.order.restore(program(_quantized, levels, x.dtype)(ctx.layout.flat(x), theta))
 
     @staticmethod
     @once_differentiable
@@ -94,63 +95,54 @@ class _Quantize(torch.autograd.Function):
         if layout is None:
             by_x, terms = _slopes(ctx.levels, None, grad, x, v_threshold)
             return by_x, terms.sum_to_size(v_threshold.shape), None
-        axis = -1 if layout is _Layout.ROWS else 0
-        tensors = (layout.flat(layout.like(grad)), layout.flat(x), layout.aligned(v_threshold))
-        by_x, sums = program(_slopes, ctx.levels, axis)(*tensors)
-        by_theta = sums.sum(0) if layout is _Layout.ROWS else sums
-        return layout.restored(by_x, x), by_theta.reshape(v_threshold.shape), None
+        tensors = (layout.flat(grad), layout.flat(x), layout.aligned(v_threshold))
+        by_x, sums = program(_slopes, ctx.levels, -1 if layout.rows else 0)(*tensors)
+        by_theta = sums.sum(0) if layout.rows else sums
+        return layout.order.restore(by_x), by_theta.reshape(v_threshold.shape), None
 
 
-class _Layout(Enum):
-    """How compiled programs see x: in the order in which it lies in memory, with few axes."""
+@dataclass(frozen=True)
+class _Layout:
+    """How compiled programs see x: in the order in which it lies in memory, with few axes.
 
-    FLAT = "[M], one θ for all"
-    FLAT_LAST = "[M] in the order [N, H, W, C]"
-    ROWS = "[N, C, L], the positions of a channel side by side"
-    COLUMNS = "[N, C]"
-    COLUMNS_LAST = "[N·H·W, C], the channels of a position side by side"
+    [M] under one θ for all. Under one for each channel [N·positions, C] where the channels of a position lie side by
+    side, else [N, C, positions].
+    """
+
+    order: Order
+    per_channel: bool
 
     @property
-    def last(self) -> bool:
-        """Whether x is stored in the order [N, H, W, C]."""
-        return self in (_Layout.FLAT_LAST, _Layout.COLUMNS_LAST)
-
-    def like(self, x: Tensor) -> Tensor:
-        """Return ``x`` stored in this order."""
-        return x.contiguous(memory_format=torch.channels_last if self.last else torch.contiguous_format)
+    def rows(self) -> bool:
+        """Whether the positions of a channel lie side by side, under a θ of its own."""
+        return self.per_channel and not self.order.channels_last
 
     def flat(self, x: Tensor) -> Tensor:
-        """Return a view of ``x``."""
-        if self is _Layout.ROWS:
-            return x.flatten(2)
-        stored = x.permute(0, 2, 3, 1) if self.last else x
-        return stored.reshape(-1) if self in (_Layout.FLAT, _Layout.FLAT_LAST) else stored.flatten(0, -2)
-
-    def restored(self, flat: Tensor, x: Tensor) -> Tensor:
-        """Return a result as a view in the shape of ``x``."""
-        if not self.last:
-            return flat.view(x.shape)
-        return flat.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+        """Return ``x`` so; a view where it lies in this order."""
+        values = self.order.flatten(x)
+        if not self.per_channel:
+            return values
+        batch, channels = self.order.shape[:2]
+        positions = self.order.positions
+        return values.view(batch, channels, positions) if self.rows else values.view(batch * positions, channels)
 
     def aligned(self, theta: Tensor) -> Tensor:
-        """Return θ as it broadcasts against the view."""
-        if self in (_Layout.FLAT, _Layout.FLAT_LAST):
+        """Return θ as it broadcasts against that."""
+        if not self.per_channel:
             return theta.reshape(())
-        return theta.reshape(-1, 1) if self is _Layout.ROWS else theta.reshape(-1)
+        return theta.reshape(-1, 1) if self.rows else theta.reshape(-1)
 
 
 def _layout(x: Tensor, theta: Tensor) -> _Layout | None:
-    """Return how x lies in memory; None where no compiled program is made for it."""
-    last = not x.is_contiguous() and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    if not (last or x.is_contiguous()):
+    """Return how programs see x; None where no compiled program is made for it."""
+    if x.ndim == 0:
         return None
-    if theta.numel() == 1:
-        return _Layout.FLAT_LAST if last else _Layout.FLAT
-    if x.ndim < 2 or theta.shape != (x.shape[1], *[1] * (x.ndim - 2)):
+    order, per_channel = Order.of(x), theta.numel() > 1
+    if not (order.channels_last or x.is_contiguous()):
         return None
-    if last:
-        return _Layout.COLUMNS_LAST
-    return _Layout.COLUMNS if x.ndim == 2 else _Layout.ROWS
+    if per_channel and (x.ndim < 2 or theta.shape != (x.shape[1], *[1] * (x.ndim - 2))):
+        return None
+    return _Layout(order, per_channel)
 
 
 def _numbers(value: float | Tensor) -> object:

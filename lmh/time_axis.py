@@ -8,6 +8,7 @@ the present call has and what it returns.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,16 +76,16 @@ class Timed(nn.Module):
         """Forget what was kept for the next call; only sites and gates keep anything."""
 
 
-class Border(Timed):
+class Border(Timed, ABC):
     """Stands between regions. A tuple, such as ``chunk`` gives, crosses part by part."""
 
     def forward(self, x: Any) -> Any:
         """Let a tensor, or every tensor in ``x``, cross."""
         return each_tensor(self.cross, x)
 
+    @abstractmethod
     def cross(self, x: Tensor) -> Tensor:
         """Return one tensor as it is on the other side."""
-        raise NotImplementedError
 
 
 class FoldEvents(Border):
@@ -112,14 +113,12 @@ def _reduce(time: TimeAxis, x: Tensor) -> Tensor:
     """Mean over time of a folded tensor, or its mean over every prefix, folded again; weighted as the readout says."""
     unfolded = x.unflatten(0, (time.steps, -1))
     weights = time.average.weights(time.steps)
-    first = next((step for step, weight in enumerate(weights) if weight), 0)
-    even = len(set(weights[first:])) == 1
+    if not any(weights):  # nothing has been read yet
+        weights = MeanReadout().weights(time.steps)
+    first = next(step for step, weight in enumerate(weights) if weight)
     if time.readout is Readout.MEAN:
-        read = unfolded[first:]
+        read, even = unfolded[first:], len(set(weights[first:])) == 1
         return read.mean(0) if even else (read * _column(weights[first:], x) / sum(weights)).sum(0)
-    if even and first == 0:
-        count = torch.arange(1, time.steps + 1, device=x.device, dtype=x.dtype)
-        return (unfolded.cumsum(0) / count.reshape(-1, *[1] * (x.ndim))).flatten(0, 1)
     before = _column(range(1, first + 1), x)
     total = _column(accumulate(weights[first:]), x)
     answers = (unfolded[:first].cumsum(0) / before, (unfolded[first:] * _column(weights[first:], x)).cumsum(0) / total)

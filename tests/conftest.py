@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import nets
 from lmh import zoo
+from lmh.convert import Conversion, convert
 from lmh.zoo import Batches, DataSet
 
 torch.set_num_threads(1)
@@ -46,6 +48,11 @@ def digits_test(digits: DataSet) -> Batches:
 def digits_calibration(digits: DataSet) -> Batches:
     order = zoo.seeded_order(digits.train, 0)
     return Batches(digits.train, zoo.card("digits-cnn").preprocessing, indices=order[:256])
+
+
+@pytest.fixture
+def deep() -> Conversion:
+    return convert(nets.Deep(), 3, data=torch.rand(32, 2, 8, 8))
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,11 @@ def two_layers(inputs: int = 4, hidden: int = 8, outputs: int = 3) -> nn.Sequent
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
+def two_layer_batches() -> list[tuple[Tensor, Tensor]]:
+    """Four batches that ``two_layers()`` can be trained on."""
+    return [(torch.rand(16, 4), torch.randint(3, (16,))) for _ in range(4)]
+
+
 def conv_net(channels: int = 2) -> nn.Sequential:
     """[N, channels, 8, 8] → [N, 3], with a max-pool, BatchNorm and dropout."""
     return nn.Sequential(
@@ -100,3 +105,30 @@ class Residual(nn.Module):
         out = F.relu(self.conv2(out))
         out = F.avg_pool2d(out, 2)
         return self.fc(out.view(n, -1))
+
+
+class Deep(nn.Module):
+    """Residual blocks with BatchNorm on [N, 2, 8, 8], random but lively. [N, 3] out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 8, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(6))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(6))
+        self.fc = nn.Linear(8, 3)
+        for norm in self.norms:
+            nn.init.uniform_(norm.weight, 0.5, 1.0)
+            nn.init.uniform_(norm.bias, -0.3, 0.3)
+            nn.init.uniform_(norm.running_var, 0.05, 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for index in range(0, 6, 2):
+            out = F.relu(self.norms[index](self.convs[index](x)))
+            x = F.relu(self.norms[index + 1](self.convs[index + 1](out)) + x)
+        return self.fc(x.mean((2, 3)))
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two networks hold equal tensors."""
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from commands import command, succeed
 from lmh import convert, zoo
 from lmh.artifact import read_snn
-from lmh.cli import lmh, run
 
 DIGITS = zoo.load_data("digits")
 FAST = ("-T", 2, "--calibration-samples", 32, "--test-samples", 20, "--json")
@@ -27,17 +24,8 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def command(*arguments: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = run(lmh, list(map(str, arguments)))
-    return status, out.getvalue(), err.getvalue()
-
-
 def result(*arguments: object) -> dict[str, Any]:
-    status, out, err = command(*arguments)
-    assert status == 0, err
-    return json.loads(out)
+    return succeed(*arguments).result
 
 
 def manifest(file: str) -> dict[str, Any]:
@@ -90,13 +78,12 @@ def test_images_that_are_resized_are_announced() -> None:
 
 def test_the_samples_of_every_purpose_are_stated() -> None:
     tuned = ("--finetune", 1, "--train-samples", 100)
-    status, out, err = command("convert", "zoo:digits-cnn", "--data", "digits", *tuned, *FAST)
-    assert status == 0
+    done = succeed("convert", "zoo:digits-cnn", "--data", "digits", *tuned, *FAST)
     calibration = "calibration the first 32 of 1437 training samples, test 20 of 360, both in the order of seed 0"
     training = "fine-tuning on the first 100 of the same order, 500 after them held out"
-    assert f"Samples: {calibration}." in err
-    assert f"Samples: {training}." in err
-    assert manifest(json.loads(out)["output"])["samples"] == f"{calibration}; {training}"
+    assert f"Samples: {calibration}." in done.err
+    assert f"Samples: {training}." in done.err
+    assert manifest(done.result["output"])["samples"] == f"{calibration}; {training}"
 
 
 def test_a_network_that_the_api_saved_is_measured_once_its_normalisation_is_told() -> None:
@@ -141,8 +128,7 @@ def test_a_test_class_that_training_does_not_have_is_refused_by_name() -> None:
 
 def test_a_dry_run_that_finds_problems_fails() -> None:
     torch.save(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), "tanh.pt")
-    status, out, _ = command("convert", "tanh.pt", "-T", 2, "--input-size", 4, "--dry-run", "--json")
-    assert status == 1
-    assert len(json.loads(out)["problems"]) == 1
-    status, _, _ = command("convert", "zoo:digits-cnn", "-T", 2, "--dry-run")
-    assert status == 0
+    refused = command("convert", "tanh.pt", "-T", 2, "--input-size", 4, "--dry-run", "--json")
+    assert refused.status == 1
+    assert len(refused.result["problems"]) == 1
+    succeed("convert", "zoo:digits-cnn", "-T", 2, "--dry-run")

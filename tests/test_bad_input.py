@@ -9,7 +9,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from commands import command
 from lmh import convert, sites, zoo
-from lmh.cli import lmh, run
 from lmh.errors import AuditError
 
 ZOO = ("zoo:digits-cnn", "-T", 2)
@@ -34,14 +33,6 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def command(*arguments: object) -> tuple[int, str, str]:
-    """Run ``lmh convert`` in this process: status, standard output, standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = run(lmh, ["convert", *map(str, arguments)])
-    return status, out.getvalue(), err.getvalue()
-
-
 def contents() -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
 
@@ -49,7 +40,7 @@ def contents() -> dict[str, bytes | None]:
 def refused(expected: int, *arguments: object) -> str:
     """Run a command that must fail and leave the folder as it was; return its message."""
     before = contents()
-    status, out, err = command(*arguments)
+    status, out, err = command("convert", *arguments)
     assert (status, out) == (expected, ""), err
     assert "traceback" not in err.lower()
     assert contents() == before
@@ -152,7 +143,7 @@ def test_a_pickle_that_runs_code_is_not_run(form: str) -> None:
     says(message, "model.pt", "run code", "--trust-pickle", "state_dict")
     if form == "zip":
         says(message, f"{os.mkdir.__module__}.mkdir")
-    command("model.pt", "-T", 2, "--trust-pickle")
+    command("convert", "model.pt", "-T", 2, "--trust-pickle")
     assert Path("marker").exists(), "the file is harmless, so this test shows nothing"
 
 
@@ -229,14 +220,14 @@ def test_the_rule_that_a_refusal_advises_makes_the_network_convert() -> None:
 def test_an_input_of_the_wrong_size_is_refused_and_the_advised_option_helps() -> None:
     torch.save(network(nn.ReLU()), "net.pt")
     says(refused(1, "net.pt", "-T", 2), "0: an input of shape", "3, 224, 224", "--input-size C,H,W")
-    assert command("net.pt", "-T", 2, "--input-size", "1,8,8")[0] == 0
+    assert command("convert", "net.pt", "-T", 2, "--input-size", "1,8,8")[0] == 0
 
 
 def test_thresholds_that_need_data_are_refused_without_and_found_with_data() -> None:
     torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)), "net.pt")
     message = refused(1, "net.pt", "-T", 2, "--input-size", "1,8,8")
     says(message, "2: not predicted by a BatchNorm before it", "without data", "--data")
-    assert command("net.pt", "-T", 2, "--data", "digits", "--test-samples", 20)[0] == 0
+    assert command("convert", "net.pt", "-T", 2, "--data", "digits", "--test-samples", 20)[0] == 0
     says(refused(1, *ZOO, "--calibration", "max"), "Max", "needs data and none was given", "--data")
 
 
@@ -276,7 +267,7 @@ def test_the_nearest_architecture_that_a_refusal_names_is_the_right_one() -> Non
     torch.save(WEIGHTS, "model.pt")
     nearest = re.search(r"nearest: ([\w-]+)", refused(2, "model.pt", "-T", 2, "--arch", "digits-cn"))
     assert nearest
-    assert command("model.pt", "-T", 2, "--arch", nearest[1])[0] == 0
+    assert command("convert", "model.pt", "-T", 2, "--arch", nearest[1])[0] == 0
 
 
 def test_normalisation_that_does_not_fit_the_channels_is_refused() -> None:

@@ -10,20 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import nets
+from histograms import histogram_of
 from lmh import PerLayer
 from lmh.calibrate import BatchNormStatistics, Max, MinError, Percentile, automatic, calibrate, policy_text
-from lmh.calibrate.histogram import BINS, Histogram
+from lmh.calibrate.histogram import BINS
 from lmh.calibrate.statistics import Moments, largest_of, predicted_histograms, rectified
 from lmh.convert import prepare
 from lmh.errors import ArgumentError, CalibrationError
 from lmh.qcfs import quantize
-
-
-def histogram_of(*batches: Tensor) -> Histogram:
-    histogram = Histogram.empty(batches[0].shape[1], torch.device("cpu"))
-    for batch in batches:
-        histogram.add(batch)
-    return histogram
 
 
 class TestHistogram:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Mapping
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from commands import succeed
 from lmh import convert, zoo
-from lmh.cli import lmh, run
 from lmh.convert.checkpoints import chosen, is_average
 from lmh.errors import ArchitectureError, ArgumentError, SourceError
 
@@ -248,8 +246,5 @@ def test_the_report_measures_the_entry_that_was_converted() -> None:
     source = convert.load_source("model.pt", entry="model_ema")
     conversion = convert.convert(source.model, 2, example_input=torch.rand(1, 1, 8, 8))
     convert.save(conversion, "snn.safetensors", source=source.record())
-    err = io.StringIO()
-    with redirect_stdout(io.StringIO()), redirect_stderr(err):
-        status = run(lmh, ["report", "snn.safetensors", "--data", "digits", "--test-samples", "20"])
-    assert status == 0, err.getvalue()
+    succeed("report", "snn.safetensors", "--data", "digits", "--test-samples", 20)
     assert holds(convert.loading.load_again("model.pt", source.record()), AVERAGE)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lmh.cli import run
-from lmh.convert.cli import convert_command
+from commands import succeed
 
 TRAIN, TEST = 256, 256
 
@@ -35,32 +34,27 @@ def cifar(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def converted(data_folder: Path, cifar: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, object]:
+def converted(data_folder: Path, cifar: Path, *more: str) -> dict[str, Any]:
     source = str(data_folder / "cifar10-resnet20-idelbayev.th")
     output = str(cifar.with_name("snn.safetensors"))
-    words = [source, "--data", f"npz:{cifar}", "--calibration-samples", str(TRAIN), "--output", output, "--json", *more]
-    assert run(convert_command, words) == 0
-    return json.loads(capsys.readouterr().out)
+    options = ("--data", f"npz:{cifar}", "--calibration-samples", TRAIN, "--output", output, "--json")
+    return succeed("convert", source, *options, *more).result
 
 
 @pytest.mark.slow
-def test_a_third_partys_network_converts_as_it_is(
-    data_folder: Path, cifar: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    four = converted(data_folder, cifar, capsys, "--timesteps", "4")
-    sixteen = converted(data_folder, cifar, capsys, "--timesteps", "16")
-    assert "Recognised cifar10-resnet20-a with 10 classes from names and shapes." in four["notices"]  # type: ignore[operator]
-    assert len(four["sites"]) == 19  # type: ignore[arg-type]
+def test_a_third_partys_network_converts_as_it_is(data_folder: Path, cifar: Path) -> None:
+    four = converted(data_folder, cifar, "--timesteps", "4")
+    sixteen = converted(data_folder, cifar, "--timesteps", "16")
+    assert "Recognised cifar10-resnet20-a with 10 classes from names and shapes." in four["notices"]
+    assert len(four["sites"]) == 19
     assert four["ann_accuracy"] == sixteen["ann_accuracy"]
-    assert four["ann_accuracy"] > 0.88  # type: ignore[operator]
-    assert 0.3 < four["snn_accuracy"][-1] < sixteen["snn_accuracy"][-1]  # type: ignore[index]
-    assert sixteen["snn_accuracy"][-1] > 0.7  # type: ignore[index]
+    assert four["ann_accuracy"] > 0.88
+    assert 0.3 < four["snn_accuracy"][-1] < sixteen["snn_accuracy"][-1]
+    assert sixteen["snn_accuracy"][-1] > 0.7
 
 
 @pytest.mark.slow
-def test_batchnorm_statistics_beat_chance_without_data(
-    data_folder: Path, cifar: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    result = converted(data_folder, cifar, capsys, "--timesteps", "16", "--calibration", "batchnorm")
+def test_batchnorm_statistics_beat_chance_without_data(data_folder: Path, cifar: Path) -> None:
+    result = converted(data_folder, cifar, "--timesteps", "16", "--calibration", "batchnorm")
     assert result["calibration"] == "BatchNormStatistics(levels_per_step=0.5, base_levels=2, per channel), 0 samples"
-    assert result["snn_accuracy"][-1] > 0.5  # type: ignore[index]
+    assert result["snn_accuracy"][-1] > 0.5

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import json
 import subprocess
 import sys
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from commands import Printed, command, succeed
 from lmh import __version__, convert, evaluate, sites, zoo
 from lmh.artifact import read_snn
-from lmh.cli import lmh, run
 from lmh.zoo.images import Batches
 
 STEPS, SAMPLES = 3, 60
@@ -33,37 +30,9 @@ SITES = ["stem.2", "block.relu1", "block.relu2", "down.2"]
 PROGRAMS = Path(sys.executable).parent
 
 
-@dataclass(frozen=True)
-class Printed:
-    """What a command printed and returned."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """The one JSON object on standard output, in which NaN and Infinity are not allowed."""
-
-        def refuse(name: str) -> None:
-            raise AssertionError(f"{name} is not JSON")
-
-        return json.loads(self.out, parse_constant=refuse)
-
-
-def command(*arguments: object) -> Printed:
-    """Run ``lmh`` in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = run(lmh, list(map(str, arguments)))
-    return Printed(status, out.getvalue(), err.getvalue())
-
-
 def converted(*options: object) -> Printed:
     """Convert the zoo's network in this folder, and print JSON."""
-    printed = command("convert", *ZOO, *options, "--json")
-    assert printed.status == 0, printed.err
-    return printed
+    return succeed("convert", *ZOO, *options, "--json")
 
 
 @pytest.fixture(autouse=True)
@@ -261,16 +230,14 @@ def test_the_manifest_says_how_the_file_came_about(tuned: Job) -> None:
 
 
 def test_inspect_says_what_a_file_is_made_of(tuned: Job) -> None:
-    printed = command("inspect", tuned.file)
-    assert printed.status == 0
+    printed = succeed("inspect", tuned.file)
     shown = ("zoo:digits-cnn", f"T = {STEPS}", "MinError", *SITES, "epochs: 2")
     assert [text for text in shown if text not in printed.out] == []
     assert "T = 4" in command("inspect", "zoo:digits-cnn-t4").out
 
 
 def test_without_json_tables_are_printed() -> None:
-    printed = command("convert", *ZOO, *DATA, "--finetune", 1, "--train-samples", 50)
-    assert printed.status == 0
+    printed = succeed("convert", *ZOO, *DATA, "--finetune", 1, "--train-samples", 50)
     shown = ("threshold", "firing rate", *SITES, f"n = {SAMPLES}", "ANN", f"t = {STEPS}", "training-free",
              "fine-tuned", "SynOps", "4 converted", "Written: digits-cnn-snn-T")  # fmt: skip
     assert [text for text in shown if text not in printed.out] == []
@@ -293,15 +260,13 @@ def test_the_zoo_lists_and_shows_what_it_has() -> None:
 
 @pytest.mark.parametrize("name", zoo.list_architectures())
 def test_every_architecture_of_the_zoo_can_be_shown(name: str) -> None:
-    printed = command("zoo", "show", name)
-    assert printed.status == 0, printed.err
+    printed = succeed("zoo", "show", name)
     assert f"name: {name}" in printed.out
 
 
 @pytest.mark.parametrize("name", command("zoo", "list", "--json").result["spiking"])
 def test_every_spiking_network_of_the_zoo_can_be_inspected(name: str) -> None:
-    printed = command("inspect", f"zoo:{name}")
-    assert printed.status == 0, printed.err
+    printed = succeed("inspect", f"zoo:{name}")
     assert f"zoo:{name}: " in printed.out
 
 
@@ -323,8 +288,7 @@ def test_the_installed_programs_start(program: list[str | Path], words: list[str
 
 @pytest.mark.parametrize("name", ["convert", "finetune", "inspect", "report", "zoo"])
 def test_every_command_explains_itself(name: str) -> None:
-    printed = command(name, "--help")
-    assert printed.status == 0
+    printed = succeed(name, "--help")
     assert printed.out.startswith(f"Usage: lmh {name}")
     assert "\\b" not in printed.out
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import json
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 
-from lmh.cli import lmh, run
+from commands import command, succeed
 from lmh.convert import load
 
 nir = pytest.importorskip("nir")
@@ -22,18 +19,9 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def command(*arguments: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = run(lmh, list(map(str, arguments)))
-    return status, out.getvalue(), err.getvalue()
-
-
 def test_a_conversion_also_writes_the_formats_asked_for() -> None:
     formats = ("--export", "onnx", "--export", "pt2", "--export", "nir-project")
-    status, out, err = command("convert", "zoo:digits-cnn", "-T", 2, *formats, "--json")
-    assert status == 0, err
-    exports = json.loads(out)["exports"]
+    exports = succeed("convert", "zoo:digits-cnn", "-T", 2, *formats, "--json").result["exports"]
     names = [f"digits-cnn-snn-T2.{ending}" for ending in ("onnx", "pt2", "nir")]
     assert [export["file"] for export in exports] == names
     assert exports[0]["lost"] == exports[1]["lost"] == {}
@@ -46,14 +34,12 @@ def test_a_conversion_also_writes_the_formats_asked_for() -> None:
 
 
 def test_without_export_the_list_is_empty() -> None:
-    assert json.loads(command("convert", "zoo:digits-cnn", "-T", 2, "--json")[1])["exports"] == []
+    assert command("convert", "zoo:digits-cnn", "-T", 2, "--json").result["exports"] == []
 
 
 @pytest.mark.parametrize("name", ["onnx", "pt2", "nir-project"])
 def test_a_saved_network_is_exported_beside_itself(name: str) -> None:
-    status, out, err = command("export", "zoo:digits-cnn-t4", "--to", name, "--json")
-    assert status == 0, err
-    found = json.loads(out)
+    found = succeed("export", "zoo:digits-cnn-t4", "--to", name, "--json").result
     ending = name.partition("-")[0]
     assert (found["file"], found["format"]) == (f"digits-cnn-t4.{ending}", ending)
     assert Path(found["file"]).stat().st_size == found["bytes"]
@@ -80,9 +66,9 @@ def test_an_export_never_overwrites_what_was_read() -> None:
 
 
 def test_an_export_that_is_refused_loses_nothing_else() -> None:
-    status, out, _ = command("convert", "zoo:digits-cnn", "-T", 2, "--export", "nir", "--export", "onnx", "--json")
-    result = json.loads(out)
-    assert status == 1
+    refused = command("convert", "zoo:digits-cnn", "-T", 2, "--export", "nir", "--export", "onnx", "--json")
+    result = refused.result
+    assert refused.status == 1
     assert [export["format"] for export in result["exports"]] == ["onnx"]
     assert "soft reset" in result["failed_exports"]["nir"]
     status, out, _ = command("convert", "zoo:digits-cnn", "-T", 2, "--export", "nir")

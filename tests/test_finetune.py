@@ -41,10 +41,6 @@ def train(digits: DataSet) -> Batches:
     )
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
 def test_fine_tuning_wins_accuracy_back(start: nn.Module, digits: DataSet, digits_test: Batches) -> None:
     with torch.no_grad():
         start.get_submodule("head").weight += 0.3 * torch.randn(10, 48)
@@ -82,8 +78,8 @@ def test_a_broken_run_resumes_to_the_same_weights(
         finetune(broken, train, schedule=schedule, checkpoint=file, on_batch=stop)
     torch.manual_seed(99)
     history = finetune(resumed, train, schedule=schedule, checkpoint=file)
-    assert same(whole, resumed)
-    assert not same(whole, broken)
+    assert nets.same(whole, resumed)
+    assert not nets.same(whole, broken)
     assert history == expected
 
 
@@ -217,8 +213,7 @@ class TestWhatTheCallerHolds:
         finetune(start, train, epochs=1, teacher=teacher)
         assert teacher.modes == {False}
         assert [module.training for module in teacher.modules()] == before
-        assert True in before
-        assert False in before
+        assert set(before) == {True, False}
 
     def test_also_after_an_error(self, start: nn.Module, digits_ann: nn.Module, train: Batches) -> None:
         def stop(_epoch: int, _index: int, _loss: float) -> None:
@@ -265,8 +260,8 @@ class TestWhatTheCallerHolds:
             loader = DataLoader(data, batch_size=8, shuffle=True)
             finetune(model, loader, schedule=Schedule(epochs=1, seed=seed))
             runs.append(model)
-        assert same(runs[0], runs[1])
-        assert not same(runs[0], runs[2])
+        assert nets.same(runs[0], runs[1])
+        assert not nets.same(runs[0], runs[2])
 
     def test_it_gives_what_a_reseeded_caller_got(self, start: nn.Module, train: Batches) -> None:
         """The same bits as the loop in the open, which seeds the caller's own state."""
@@ -275,7 +270,7 @@ class TestWhatTheCallerHolds:
         history = finetune(ours, train, schedule=schedule)
         task = Task("STBP", open_loop, Feed.of(train, schedule.seed, open_loop), None, schedule, STBP(), None)
         assert run(task, Watch()) == list(history)
-        assert same(ours, open_loop)
+        assert nets.same(ours, open_loop)
 
 
 def test_event_frames_are_scored_per_sample() -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
-from contextlib import chdir, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from commands import command, succeed
 from lmh import convert, evaluate, sites, zoo
 from lmh.artifact import read_snn
-from lmh.cli import lmh, run
 from lmh.finetune import (
     EMA,
     SLTT,
@@ -43,28 +41,8 @@ FAST = ("--data", "digits", "--train-samples", 64, "--test-samples", 40, "--cali
 ANN = ("zoo:digits-cnn", "-T", 2)
 
 
-@dataclass(frozen=True)
-class Printed:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def result(self) -> dict[str, Any]:
-        return json.loads(self.out)
-
-
-def command(*arguments: object) -> Printed:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = run(lmh, list(map(str, arguments)))
-    return Printed(status, out.getvalue(), err.getvalue())
-
-
 def tuned(*arguments: object) -> dict[str, Any]:
-    printed = command("finetune", *arguments, *FAST, "--json")
-    assert printed.status == 0, printed.out + printed.err
-    return printed.result
+    return succeed("finetune", *arguments, *FAST, "--json").result
 
 
 def recipe_of(file: str | Path) -> TrainingRecipe:
@@ -139,8 +117,7 @@ class TestAnANN:
         assert same(folder / result["output"], again["output"])
 
     def test_tables_are_printed(self) -> None:
-        printed = command("finetune", *ANN, "--epochs", 3, *FAST)
-        assert printed.status == 0
+        printed = succeed("finetune", *ANN, "--epochs", 3, *FAST)
         for words in ("SNN, training-free", "ANN, after QCFS", "SNN, after QCFS", "SNN, fine-tuned", "Written:"):
             assert words in printed.out
         for words in ("QCFS epoch 1 of 1", "epoch 2 of 2", "images/s", "MB"):
@@ -171,8 +148,7 @@ class TestASpikingNetwork:
         torch.save(zoo.load("digits-cnn").state_dict(), "own.pt")
         first = command("convert", "own.pt", "-T", 2, *FAST[:2], "--test-samples", 20, "--json").result
         Path("own.pt").unlink()
-        printed = command("finetune", first["output"], "--epochs", 1, *FAST)
-        assert printed.status == 0
+        printed = succeed("finetune", first["output"], "--epochs", 1, *FAST)
         assert "There is no teacher: training learns from the labels alone." in printed.err
 
 
@@ -292,8 +268,7 @@ class TestResuming:
             assert command("finetune", *ANN, "--epochs", 3, *FAST).status == 130
         name = "digits-cnn-snn-T2.safetensors"
         assert sorted(path.name for path in Path().iterdir()) == [f"{name}-qcfs.training", f"{name}.training"]
-        printed = command("finetune", *ANN, "--epochs", 3, *FAST, "--json")
-        assert printed.status == 0
+        printed = succeed("finetune", *ANN, "--epochs", 3, *FAST, "--json")
         assert "STBP goes on from its checkpoint at epoch 2, batch 1." in printed.err
         assert printed.result["snn_accuracy"] == result["snn_accuracy"]
         assert same(folder / name, name)
@@ -403,8 +378,7 @@ class TestRecipes:
 
 
 def test_help_shows_examples_that_can_be_copied() -> None:
-    printed = command("finetune", "--help")
-    assert printed.status == 0
+    printed = succeed("finetune", "--help")
     lines = [line.strip() for line in printed.out.splitlines()]
     assert "lmh finetune zoo:digits-cnn -T 4 --data digits --epochs 10 --strategy hybrid" in lines
     assert "\\b" not in printed.out

@@ -3,49 +3,30 @@
 from __future__ import annotations
 
 import copy
-import importlib.machinery
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
-import nets
-from lmh import Kernel, carry_state, fused, kernels, kernels_used, per_step, sites, use_kernel
-from lmh.convert import convert
-from lmh.errors import ArgumentError
+from lmh import Kernel, carry_state, fused, kernels, per_step, use_kernel
 from lmh.fused import Job, run_neurons
+from lmh.memory_order import Order
 from lmh.neurons import Coefficients, State
 from lmh.spiking import LMH, PerChannel, PerLayer, PerStep, SpikingSite
 from lmh.surrogates import Arctan, Rectangle, Sigmoid, Surrogate, Triangle
 from lmh.time_axis import TimeAxis
-from lmh.zoo.cifar_resnet import CifarResNet
+from reference import lmh_numpy as oracle
 
 NAMES = ("theta", "lambda_s", "lambda_d", "mu_s", "mu_d")
 SURROGATES = [Triangle(), Triangle(0.5), Rectangle(), Sigmoid(), Arctan()]
 T, N, C = 4, 3, 5
 SHAPES = {"linear": (N, C), "sequence": (N, C, 6), "image": (N, C, 4, 2), "video": (N, C, 2, 3, 2)}
 needs_compiler = pytest.mark.skipif(not kernels.can_compile("cpu"), reason="no C++ compiler")
-
-
-def _reference() -> ModuleType:
-    """Load the oracle by its path: ``tests`` is no package under every import mode."""
-    path = Path(__file__).parent / "reference" / "lmh_numpy.py"
-    loader = importlib.machinery.SourceFileLoader("lmh_numpy_reference", str(path))
-    module = ModuleType(loader.name)
-    loader.exec_module(module)
-    return module
-
-
-oracle = _reference()
 
 
 def last(x: Tensor) -> Tensor:
@@ -193,14 +174,14 @@ def test_the_order_in_memory_is_kept_and_nothing_is_moved(
     order: Callable[[Tensor], Tensor], channels: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = case(shape, channels=channels, order=order)
-    flatten, seen = fused._Order.flatten, []
+    flatten, seen = Order.flatten, []
 
-    def watched(self: fused._Order, x: Tensor, *first: int) -> Tensor:
+    def watched(self: Order, x: Tensor, *first: int) -> Tensor:
         flat = flatten(self, x, *first)
         seen.append(flat.data_ptr() == x.data_ptr())
         return flat
 
-    monkeypatch.setattr(fused._Order, "flatten", watched)
+    monkeypatch.setattr(Order, "flatten", watched)
     output, (to_current, *_) = given.run(Kernel.FUSED)
     assert output.stride() == to_current.stride() == given.current.stride()
     assert seen
@@ -323,95 +304,6 @@ class Untraceable(Triangle):
         return super().__call__(u) * (2.0 if float(u.max()) > 1e9 else 1.0)
 
 
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def missing() -> str:
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        raise InvalidCxxCompiler
-
-    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
-    kernels.can_compile.cache_clear()
-    yield
-    kernels.can_compile.cache_clear()
-
-
-LARGE = (kernels.WORTH_COMPILING,)
-
-
-def chosen(current: Tensor, *, steps: int = T, training: bool = True) -> Kernel:
-    return kernels.choose(current, steps=steps, training=training)
-
-
-@needs_compiler
-def test_the_kernel_is_chosen_from_the_size_of_the_work() -> None:
-    assert chosen(torch.empty(LARGE)) is Kernel.COMPILED
-    assert chosen(torch.empty(LARGE[0] - 1)) is Kernel.FUSED
-    assert chosen(torch.empty(LARGE), steps=kernels.MOST_COMPILED_STEPS + 1) is Kernel.FUSED
-    assert chosen(torch.empty(LARGE), training=False) is Kernel.EAGER
-    assert chosen(torch.empty(LARGE, device="meta")) is Kernel.FUSED
-    with FakeTensorMode():
-        assert chosen(torch.empty(LARGE)) is Kernel.FUSED
-
-
-@pytest.mark.usefixtures("no_compiler")
-def test_without_a_compiler_large_work_is_fused_and_asking_for_more_is_refused() -> None:
-    assert chosen(torch.empty(LARGE)) is Kernel.FUSED
-    if not kernels.can_compile("cuda"):
-        with (
-            pytest.raises(ArgumentError, match=r"no compiler here.*g\+\+.*use Kernel\.FUSED"),
-            use_kernel(Kernel.COMPILED),
-        ):
-            pass
-
-
-@pytest.mark.parametrize("kernel", Kernel, ids=lambda kernel: kernel.value)
-@pytest.mark.parametrize("training", [True, False])
-@needs_compiler
-def test_a_kernel_can_be_asked_for_inside_a_block_only(kernel: Kernel, training: bool) -> None:
-    before = chosen(torch.empty(8), training=training)
-    with use_kernel(kernel):
-        assert chosen(torch.empty(8), training=training) is kernel
-        with use_kernel(Kernel.EAGER):
-            assert chosen(torch.empty(8), training=training) is Kernel.EAGER
-        assert chosen(torch.empty(8, device="meta")) is (Kernel.EAGER if kernel is Kernel.EAGER else Kernel.FUSED)
-    assert chosen(torch.empty(8), training=training) is before
-
-
-def test_a_network_tells_which_kernel_ran_its_sites() -> None:
-    ann, x = nets.Residual(), torch.rand(4, 2, 8, 8)
-    snn = convert(ann, T, data=x).snn
-    assert set(kernels_used(snn)) == set(sites(snn))
-    snn.train()(x)
-    assert set(kernels_used(snn).values()) == {Kernel.FUSED}
-    with use_kernel(Kernel.EAGER):
-        snn(x)
-    assert set(kernels_used(snn).values()) == {Kernel.EAGER}
-    assert kernels_used(copy.deepcopy(snn)) == kernels_used(snn)
-    snn.train()(x)
-    with torch.no_grad():
-        snn(x)
-    assert set(kernels_used(snn).values()) == {Kernel.EAGER}
-    assert Kernel(Kernel.COMPILED.value) is Kernel.COMPILED
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_tracers_see_the_plain_loop(training: bool) -> None:
-    snn = convert(nets.conv_net(), T, data=torch.rand(4, 2, 8, 8)).snn.train(training)
-    for module in snn.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.Dropout):
-            module.eval()
-    x = torch.rand(2, 2, 8, 8)
-    expected = snn(x)
-    for strict in (True, False):
-        program = torch.export.export(snn, (x,), strict=strict)
-        assert torch.allclose(program.module()(x), expected, atol=1e-6)
-        assert not [node for node in program.graph.nodes if "autograd" in str(node.target)]
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        assert torch.allclose(torch.jit.trace(snn, x, check_trace=False)(x), expected, atol=1e-6)
-
-
 @needs_compiler
 def test_neurons_that_cannot_be_compiled_run_uncompiled_and_say_so_once() -> None:
     given = case(surrogate=Untraceable(), channels=True)
@@ -468,18 +360,3 @@ def test_two_runs_of_a_compiled_pass_agree_bit_for_bit() -> None:
     given = case((16, 24, 16, 16), channels=True, dtype=torch.float32)
     first, second = given.run(Kernel.COMPILED), given.run(Kernel.COMPILED)
     assert all(torch.equal(*pair) for pair in zip(first[1], second[1], strict=True))
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_a_network_needs_few_compilations_whatever_its_size() -> None:
-    x = torch.rand(6, 3, 32, 32)
-    snn = convert(CifarResNet(20), T, data=x).snn.train()
-    before = counters["stats"]["unique_graphs"]
-    for batch in (x, x[:5]):
-        with use_kernel(Kernel.COMPILED):
-            snn(batch).square().sum().backward()
-    assert len(sites(snn)) == 19
-    assert set(kernels_used(snn).values()) == {Kernel.COMPILED}
-    assert counters["stats"]["unique_graphs"] - before <= 4
-    assert all(parameter.grad is not None for parameter in snn.parameters())

@@ -27,10 +27,6 @@ def train(digits: DataSet) -> Batches:
     return Batches(digits.train, zoo.card("digits-cnn").preprocessing, 32, torch.arange(160), shuffle_seed=3)
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
 class Unlabelled:
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -93,7 +89,7 @@ def test_it_beats_the_conversion_alone(digits: DataSet, digits_ann: nn.Module, d
 def test_the_ann_is_left_alone_and_teaches_without_labels(digits_ann: nn.Module, train: Batches) -> None:
     before = copy.deepcopy(digits_ann)
     tuned = finetune(digits_ann, Unlabelled(train), timesteps=2, strategy=SHORT, epochs=2)
-    assert same(before, digits_ann)
+    assert nets.same(before, digits_ann)
     assert all(parameter.grad is None for parameter in digits_ann.parameters())
     assert tuned[2].loss < tuned[1].loss
 
@@ -104,7 +100,7 @@ def test_a_conversion_says_what_is_converted_and_teaches(digits_ann: nn.Module, 
     tuned = finetune(conversion, Unlabelled(train), strategy=SHORT, epochs=1)
     assert len(tuned.stages) == 2
     assert list(sites(tuned.snn)) == ["stem.2", "block.relu1", "block.relu2"]
-    assert same(before, conversion.snn)
+    assert nets.same(before, conversion.snn)
     assert tuned.conversion is not None
     assert tuned.conversion.recipe == conversion.recipe
 
@@ -123,7 +119,7 @@ def test_a_spiking_network_gets_stbp_alone(digits_ann: nn.Module, train: Batches
     assert [stage.name for stage in tuned.stages] == ["STBP"]
     assert tuned.conversion is None
     finetune(plain, train, epochs=1)
-    assert same(ours, plain)
+    assert nets.same(ours, plain)
 
 
 def test_an_ann_without_a_strategy_gets_hybrid_training(train: Batches, digits_ann: nn.Module, tmp_path: Path) -> None:
@@ -160,9 +156,9 @@ def test_a_broken_stage_resumes_to_the_same_weights(
         "run-qcfs.safetensors", *(["run.safetensors"] if where else [])
     ]  # fmt: skip
     resumed = tuned(None, file)
-    assert same(expected.snn, resumed.snn)
+    assert nets.same(expected.snn, resumed.snn)
     assert expected == resumed
-    assert same(expected.stages[0].network, resumed.stages[0].network)
+    assert nets.same(expected.stages[0].network, resumed.stages[0].network)
 
 
 @pytest.mark.parametrize("net", [nets.Reused, nets.Spellings])
@@ -173,7 +169,7 @@ def test_every_call_of_an_activation_has_its_own(net: Callable[[], nn.Module]) -
     assert len(layers) == len(sites(conversion.snn)) > 2
     assert len({id(layer) for layer in layers}) == len(layers)
     again = taken_over(network, conversion)
-    assert same(again.snn, conversion.snn)
+    assert nets.same(again.snn, conversion.snn)
     x = torch.rand(8, 4)
     assert torch.equal(again.snn(x), conversion.snn(x))
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import json
 import shlex
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from commands import command, succeed
 from lmh import zoo
-from lmh.cli import lmh, run
 from lmh.convert import convert, load_source
 from lmh.convert.export import Project, export_nir, export_onnx, export_pt2
 from lmh.errors import SourceError
@@ -27,17 +24,8 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def command(*arguments: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = run(lmh, list(map(str, arguments)))
-    return status, out.getvalue(), err.getvalue()
-
-
 def inspected(*arguments: object) -> dict[str, Any]:
-    status, out, err = command("inspect", *arguments, "--json")
-    assert status == 0, err
-    return json.loads(out)
+    return succeed("inspect", *arguments, "--json").result
 
 
 def test_a_state_dict_is_recognised_and_its_layers_counted() -> None:
@@ -115,11 +103,8 @@ def test_the_users_own_class_is_read_with_module(monkeypatch: pytest.MonkeyPatch
     torch.save(my_net_of_inspect.Net(), "net.pt")
     assert "my_net_of_inspect" in inspected("net.pt")["problem"]
     assert inspected("net.pt", "--module", "my_net_of_inspect")["layers"] == {"Linear": 1, "ReLU": 1}
-    status, out, err = command(
-        "convert", "net.pt", "--module", "my_net_of_inspect", "-T", 2, "--input-size", 4, "--json", "--dry-run"
-    )
-    assert status == 0, err
-    assert json.loads(out)["nodes"]["converted"] == ["r"]
+    options = ("--module", "my_net_of_inspect", "-T", 2, "--input-size", 4, "--json", "--dry-run")
+    assert succeed("convert", "net.pt", *options).result["nodes"]["converted"] == ["r"]
 
 
 def test_an_export_to_onnx_says_what_it_is_and_is_no_source() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from commands import command
 from lmh import convert, zoo
-from lmh.cli import lmh, run
 from lmh.errors import ArchitectureError, ArtifactError, SourceError, UnsafePickleError
 from lmh.torchvision_shim import torchvision
 
@@ -48,14 +46,6 @@ def same_function(a: nn.Module, b: nn.Module, *shape: int) -> bool:
     x = torch.rand(3, *(shape or (1, 8, 8)))
     with torch.no_grad():
         return torch.equal(a(x), b(x))
-
-
-def command(*arguments: object) -> tuple[int, str]:
-    """Run ``lmh`` in this process: status, and what it printed on standard error."""
-    err = io.StringIO()
-    with redirect_stdout(io.StringIO()), redirect_stderr(err):
-        status = run(lmh, list(map(str, arguments)))
-    return status, err.getvalue()
 
 
 def prefixed(weights: Weights, prefix: str) -> dict[str, Tensor]:
@@ -282,7 +272,7 @@ def test_the_input_size_that_a_model_file_states_is_taken(tmp_path: Path, monkey
     files = ("fixed.onnx", "open.onnx", "fixed.pt2")
     sizes = [convert.load_source(file, trust_pickle=True).input_size for file in files]
     assert sizes == [(1, 8, 8), None, (1, 8, 8)]
-    status, printed = command("convert", "fixed.onnx", "-T", 2, "--data", "digits", "--dry-run")
+    status, _, err = command("convert", "fixed.onnx", "-T", 2, "--data", "digits", "--dry-run")
     assert status == 0
-    assert "input size" not in printed
-    assert "Assumed, as nothing says it: input size" in command("convert", "open.onnx", "-T", 2, "--dry-run")[1]
+    assert "input size" not in err
+    assert "Assumed, as nothing says it: input size" in command("convert", "open.onnx", "-T", 2, "--dry-run").err

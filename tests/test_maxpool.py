@@ -3,169 +3,36 @@
 from __future__ import annotations
 
 import copy
-import io
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lmh import LIF, LMH, PerStep, carry_state, evaluate, per_step, prefixes, sites
-from lmh.artifact import read_snn, write_snn
+from lmh import LIF, LMH, evaluate, prefixes, sites
 from lmh.calibrate import BatchNormStatistics, Max
-from lmh.cli import lmh, run
 from lmh.convert import (
-    MAXPOOLS,
     AveragePool,
     BeforeNeuron,
-    Conversion,
-    EventFrames,
     Gated,
     convert,
-    load,
     prepare,
-    save,
 )
-from lmh.convert.export import Project, export_nir, export_onnx, export_pt2
 from lmh.convert.maxpool import MaxPool
-from lmh.errors import ArtifactError, AuditError, StateError
-from lmh.finetune import finetune
-from lmh.gate import Accumulate, Increments
+from lmh.errors import AuditError
 from lmh.op_table import Kind
 from lmh.ops import kind_of
 from lmh.records import Calibration
-from lmh.time_axis import TimeAxis
-from lmh.torchvision_shim import torchvision
+from maxpool_nets import converted, second_layer
 from reference import maxpool_numpy as reference
 
 TYPES = [BeforeNeuron(), AveragePool(), Gated()]
-THETA = 0.3  # no dyadic number: sums of it round
-
-
-def gated(time: TimeAxis, pool: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A gated max-pool of [T, N, *F], as a conversion puts it together."""
-    before, behind = Accumulate(time), Increments(time)
-
-    def run(x: Tensor) -> Tensor:
-        folded = x.flatten(0, 1)
-        return behind(pool(before(folded)), folded).unflatten(0, (len(x), -1))
-
-    return run
-
-
-def spikes(*shape: int, rate: float = 0.4) -> Tensor:
-    return THETA * (torch.rand(shape) < rate).float()
-
-
-def second_layer(pool: nn.Module | None = None) -> nn.Sequential:
-    """[N, 1, 8, 8] → [N, 3]; the pool is behind the second activation, whose currents vary in time."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), pool or nn.MaxPool2d(2),
-        nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3),
-    ).eval()  # fmt: skip
-
-
-def converted(maxpool: MaxPool, timesteps: int = 64, **options: Any) -> tuple[nn.Module, Conversion, Tensor]:
-    ann, x = second_layer(), torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    ann(x)
-    return ann, convert(ann, timesteps, data=x, calibration=Max(), maxpool=maxpool, **options), x
 
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float(((a - b).norm() / b.norm()).detach())
-
-
-class TestGateAgainstTheReference:
-    @pytest.mark.parametrize(
-        ("dims", "options"),
-        [
-            (1, {"kernel_size": 2}),
-            (2, {"kernel_size": 2}),
-            (3, {"kernel_size": 2}),
-            (1, {"kernel_size": 3, "stride": 2, "padding": 1}),
-            (2, {"kernel_size": 3, "stride": 2, "padding": 1}),
-            (2, {"kernel_size": 3, "stride": 2, "ceil_mode": True}),
-            (2, {"kernel_size": 2, "stride": 1, "dilation": 2}),
-        ],
-    )
-    def test_it_passes_what_the_reference_passes(self, dims: int, options: dict[str, Any]) -> None:
-        x = spikes(24, 2, 3, *[6] * dims)
-        pool = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}[dims](**options)
-        got = gated(TimeAxis(24), pool)(x)
-        kernel, ceil = options["kernel_size"], options.get("ceil_mode", False)
-        stride, padding = options.get("stride", kernel), options.get("padding", 0)
-        axis = reference.places(6, kernel, stride, padding, options.get("dilation", 1), ceil)
-        expected = reference.pooled(x.numpy(), [axis] * dims, reference.gate)
-        assert np.array_equal(got.numpy(), expected.astype(np.float32))
-        assert set(got.unique().tolist()) == {0.0, float(torch.tensor(THETA))}
-
-    def test_an_adaptive_pool_is_gated_too(self) -> None:
-        x = spikes(16, 2, 3, 6, 6)
-        got = gated(TimeAxis(16), nn.AdaptiveMaxPool2d(2))(x)
-        expected = reference.pooled(x.numpy(), [reference.places(6, 3, 3)] * 2, reference.gate)
-        assert np.array_equal(got.numpy(), expected.astype(np.float32))
-
-    def test_for_other_values_it_is_the_growth_of_the_largest_sum(self) -> None:
-        x = torch.randn(24, 2, 3, 6, dtype=torch.float64)
-        got = gated(TimeAxis(24), nn.MaxPool1d(3))(x)
-        expected = reference.pooled(x.numpy(), [reference.places(6, 3, 3)], reference.growth_of_the_maximum)
-        assert np.allclose(got.numpy(), expected, atol=1e-12)
-
-    @settings(deadline=None, max_examples=50)
-    @given(st.integers(1, 40), st.integers(0, 2**31 - 1), st.floats(0.02, 0.98))
-    def test_after_every_step_the_sum_that_passed_is_the_largest_sum(self, steps: int, seed: int, rate: float) -> None:
-        torch.manual_seed(seed)
-        x = spikes(steps, 2, 1, 4, 4, rate=rate)
-        got = gated(TimeAxis(steps), nn.MaxPool2d(2))(x)
-        counts = (x != 0).float().cumsum(0)
-        assert torch.equal((got != 0).float().cumsum(0), F.max_pool2d(counts.flatten(0, 1), 2).reshape(got.shape))
-
-    @pytest.mark.parametrize(
-        ("rule", "passed"),
-        [
-            (reference.gate, 0.5),
-            (reference.first_of_the_lead, 1.0),
-            (reference.first_of_the_lead_before, 0.0),
-        ],
-    )
-    def test_one_neurons_gate_passes_all_or_nothing_of_two_that_fire_in_turn(
-        self, rule: reference.Rule, passed: float
-    ) -> None:
-        """Why every neuron in the lead may pass a spike: the rates are 1/2 each, and so is their maximum."""
-        first, second = np.arange(64) % 2 == 1, np.arange(64) % 2 == 0
-        window = np.stack([first, second], -1)[:, None, None].astype(float)
-        assert rule(window).mean() == passed
-        got = gated(TimeAxis(64), nn.MaxPool1d(2))(torch.tensor(window)).mean()
-        assert float(got) == 0.5
-
-    def test_its_gradient_is_that_of_the_largest_sum(self) -> None:
-        x = torch.rand(5, 2, 1, 4, dtype=torch.float64, requires_grad=True)
-        run = gated(TimeAxis(5), nn.MaxPool1d(2))
-        weight = torch.rand(5, 2, 1, 2, dtype=torch.float64)
-        (got,) = torch.autograd.grad((run(x) * weight).sum(), x)
-        tops = F.max_pool1d(x.cumsum(0).flatten(0, 1), 2).unflatten(0, (5, 2))
-        (expected,) = torch.autograd.grad(((tops - F.pad(tops, (0,) * 6 + (1, 0))[:-1]) * weight).sum(), x)
-        assert torch.allclose(got, expected, atol=1e-12)
-
-    def test_slices_go_on_where_the_last_one_ended(self) -> None:
-        time = TimeAxis(12)
-        run, x = gated(time, nn.MaxPool2d(2)), spikes(12, 2, 1, 4, 4)
-        whole = run(x)
-        time.carry = True
-        parts = []
-        for part in x.split([5, 1, 6]):
-            time.steps = len(part)
-            parts.append(run(part))
-        assert torch.equal(torch.cat(parts), whole)
 
 
 class TestExactness:
@@ -355,231 +222,3 @@ class TestWhatIsRefused:
         assert "maxpool=Gated()" in before.report.notices[0]
         assert gate.report.notices == ()
         assert relative(gate.snn(x), ann(x)) < 0.3 * relative(before.snn(x), ann(x))
-
-
-class TestConversions:
-    def test_the_names_of_the_command_line(self) -> None:
-        assert list(MAXPOOLS.values()) == TYPES
-        assert list(MAXPOOLS) == ["before", "average", "gated"]
-
-    def test_average_says_that_it_changes_the_function(self) -> None:
-        _, conversion, _ = converted(AveragePool(), 4)
-        assert (
-            "1 max-pools became average pools (4): the network computes another function"
-            in (conversion.report.notices[0])
-        )
-        assert "Fine-tune it." in conversion.report.notices[0]
-
-    def test_a_pool_of_constants_needs_no_gate(self) -> None:
-        ann = nn.Sequential(nn.Conv2d(1, 2, 1), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
-        snn = convert(ann, 4, data=torch.rand(4, 1, 8, 8), maxpool=Gated()).snn
-        assert not any(isinstance(module, Accumulate) for module in snn.modules())
-        frames = torch.rand(4, 3, 1, 8, 8)
-        events = convert(ann, 4, data=[frames], maxpool=Gated(), encoding=EventFrames())
-        assert any(isinstance(module, Accumulate) for module in events.snn.modules())
-        assert events.report.notices == ()
-        plain = convert(ann, 4, data=[frames], encoding=EventFrames())
-        assert "currents that vary in time" in plain.report.notices[0]
-
-    def test_a_concat_and_an_activation_with_other_readers(self) -> None:
-        class Inception(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.a, self.b, self.c = nn.Conv2d(1, 2, 1), nn.Conv2d(1, 2, 1), nn.Conv2d(4, 4, 1)
-
-            def forward(self, x: Tensor) -> Tensor:
-                y = torch.cat([F.relu(self.a(x)), F.relu(self.b(x))], 1)
-                return (F.max_pool2d(y, 2).flatten(1).sum(1) + self.c(y).flatten(1).sum(1))[:, None]
-
-        ann, x = Inception().eval(), torch.rand(8, 1, 4, 4)
-        gate = convert(ann, 128, data=x, calibration=Max(), maxpool=Gated())
-        assert len(sites(gate.snn)) == 2  # four where the pool moves before the neurons
-        assert torch.allclose(gate.snn(x), ann(x), rtol=0.05, atol=0.1)
-
-    def test_spikes_that_pass_count_as_spikes(self) -> None:
-        _, conversion, x = converted(Gated(), 16)
-        third = evaluate(conversion.snn, [x]).layers[2]
-        steps = per_step(conversion.snn, x)
-        assert steps.shape == (16, 32, 3)
-        assert third.macs == 0
-        assert 0 < third.accumulates < 16 * third.ann_macs
-        _, averaged, _ = converted(AveragePool(), 16)
-        assert evaluate(averaged.snn, [x]).layers[2].accumulates == 0
-
-    def test_values_of_several_thresholds_do_not(self) -> None:
-        _, conversion, x = converted(Gated(), 4, neuron=LMH(granularity=PerStep()))
-        assert evaluate(conversion.snn, [x]).layers[2].accumulates == 0
-
-        class Sums(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.a, self.b, self.c = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1), nn.Linear(32, 3)
-
-            def forward(self, x: Tensor) -> Tensor:
-                y = F.relu(self.a(x))
-                z = F.max_pool2d(y + F.relu(self.b(y)), 2)
-                return self.c(F.relu(self.b(z)).flatten(1))
-
-        last = evaluate(convert(Sums(), 4, data=x, maxpool=Gated()).snn, [x]).layers
-        assert [layer.accumulates > 0 for layer in last] == [False, True, False, False]
-
-    @pytest.mark.parametrize("maxpool", TYPES)
-    def test_slices_make_one_run(self, maxpool: MaxPool) -> None:
-        _, conversion, x = converted(maxpool, 8)
-        snn = conversion.snn
-        whole = per_step(snn, x)
-        with carry_state(snn):
-            slices = [per_step(snn, x, steps=k) for k in (3, 1, 4)]
-        assert torch.equal(torch.cat(slices), whole)
-        assert torch.equal(per_step(snn, x), whole)
-
-    def test_another_batch_inside_a_block_is_refused_by_the_gate(self) -> None:
-        ann = nn.Sequential(nn.Conv2d(1, 2, 1), nn.MaxPool2d(2), nn.ReLU())
-        frames = torch.rand(2, 3, 1, 4, 4)
-        snn = convert(ann, 2, data=[frames], maxpool=Gated(), encoding=EventFrames()).snn
-        with carry_state(snn):
-            snn(frames)
-            with pytest.raises(StateError, match=r"max-pool's input .*; expected the same. Open a new carry_state"):
-                snn(frames[:, :2])
-
-    @pytest.mark.parametrize("maxpool", TYPES)
-    def test_save_load_copy_and_pickle(self, maxpool: MaxPool, tmp_path: Path) -> None:
-        ann, conversion, x = converted(maxpool, 4)
-        expected = conversion.snn(x)
-        save(conversion, tmp_path / "a.safetensors")
-        again = load(tmp_path / "a.safetensors", source=ann)
-        assert torch.equal(again(x), expected)
-        assert again.meta["lmh_manifest"]["recipe"]["maxpool"] == {"type": type(maxpool).__name__}
-        assert torch.equal(copy.deepcopy(conversion.snn)(x), expected)
-        buffer = io.BytesIO()
-        torch.save(conversion.snn, buffer)
-        buffer.seek(0)
-        assert torch.equal(torch.load(buffer, weights_only=False)(x), expected)
-
-    def test_an_older_file_has_its_max_pools_before_the_neurons(self, tmp_path: Path) -> None:
-        ann, conversion, x = converted(BeforeNeuron(), 4)
-        path = save(conversion, tmp_path / "old.safetensors")
-        tensors, manifest = read_snn(path)
-        del manifest["recipe"]["maxpool"]
-        write_snn(path, tensors, manifest)
-        assert torch.equal(load(path, source=ann)(x), conversion.snn(x))
-
-    @pytest.mark.parametrize("maxpool", TYPES)
-    def test_training_through_it(self, maxpool: MaxPool) -> None:
-        ann, conversion, x = converted(maxpool, 4)
-        snn, y = conversion.snn, ann(x).argmax(1)
-        snn.train()
-        snn(x).square().sum().backward()
-        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in snn.parameters())
-        history = finetune(snn, [(x, y)] * 4, epochs=4, teacher=ann)
-        assert history[-1].loss < history[0].loss
-
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-    def test_to_another_dtype(self, dtype: torch.dtype) -> None:
-        _, conversion, x = converted(Gated(), 4)
-        out = conversion.snn.to(dtype)(x.to(dtype))
-        assert out.dtype == dtype
-        assert torch.isfinite(out).all()
-
-    @pytest.mark.device
-    @pytest.mark.parametrize("maxpool", TYPES)
-    def test_on_meta(self, maxpool: MaxPool) -> None:
-        ann, conversion, x = converted(maxpool, 4)
-        given_ = {"calibration": conversion.calibration, "maxpool": maxpool}
-        snn = convert(ann.to("meta"), 4, example_input=x.to("meta"), **given_).snn
-        per_step(snn.train(), x.to("meta")).sum().backward()
-        with carry_state(snn.eval()):
-            assert snn(x.to("meta")).device.type == snn(x.to("meta")).device.type == "meta"
-
-    @pytest.mark.device
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    def test_on_cuda(self) -> None:
-        x = spikes(64, 4, 3, 8, 8)
-        time = TimeAxis(64)
-        pool = nn.MaxPool2d(3, 2, padding=1)
-        assert torch.equal(gated(time, pool)(x.cuda()).cpu(), gated(time, pool)(x))
-
-    def test_exports(self, tmp_path: Path) -> None:
-        _, conversion, x = converted(Gated(), 2)
-        expected = conversion.snn(x)
-        export_pt2(conversion, tmp_path / "a.pt2")
-        assert torch.equal(torch.export.load(tmp_path / "a.pt2").module()(x), expected)
-        export_onnx(conversion, tmp_path / "a.onnx")
-        session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
-        assert torch.allclose(torch.from_numpy(session.run(None, {"input": x.numpy()})[0]), expected, atol=1e-5)
-        with pytest.raises(ArtifactError, match=r"time\.Accumulate: Accumulate has no NIR node"):
-            export_nir(conversion, tmp_path / "a.nir", Project())
-
-    @pytest.mark.slow
-    def test_torch_compile_gives_the_same(self) -> None:
-        _, conversion, x = converted(Gated(), 4)
-        snn = conversion.snn.double()
-        assert torch.allclose(torch.compile(snn)(x.double()), snn(x.double()), atol=1e-12)
-
-
-class TestCommand:
-    """``lmh-convert --maxpool``."""
-
-    DATA = ("--data", "digits", "--input-size", "1,8,8", "--mean", "0.5", "--std", "0.5", "--calibration-samples", "64",
-            "--test-samples", "40", "--json")  # fmt: skip
-
-    @pytest.fixture
-    def file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-        monkeypatch.chdir(tmp_path)
-        torch.manual_seed(0)
-        layers = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.MaxPool2d(2))
-        torch.save(nn.Sequential(*layers, nn.Flatten(), nn.Linear(36, 10)).eval(), "net.pt")
-        return "net.pt"
-
-    @pytest.mark.parametrize("name", MAXPOOLS)
-    def test_the_name_is_the_type(self, file: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert run(lmh, ["convert", file, "-T", "4", "--maxpool", name, *self.DATA]) == 0
-        result = json.loads(capsys.readouterr().out)
-        snn = load(result["output"], source=file)
-        assert snn.meta["lmh_manifest"]["recipe"]["maxpool"]["type"] == type(MAXPOOLS[name]).__name__
-        assert any(isinstance(module, Accumulate) for module in snn.modules()) == (name == "gated")
-        assert any(isinstance(module, nn.AvgPool2d) for module in snn.modules()) == (name == "average")
-        notices = " ".join(result["notices"])
-        assert ("--maxpool gated" in notices) == (name == "before")
-        assert ("became average pools" in notices) == (name == "average")
-
-    @pytest.mark.parametrize("name", MAXPOOLS)
-    def test_a_dry_run_uses_it(self, file: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert run(lmh, ["convert", file, "-T", "4", "--maxpool", name, "--dry-run", *self.DATA]) == 0
-        fates = {node["path"]: node["fate"] for node in json.loads(capsys.readouterr().out)["fates"]}
-        assert fates["4"] == ("averaged" if name == "average" else "unchanged")
-
-    def test_the_advice_of_an_audit_works(self, file: str, capsys: pytest.CaptureFixture[str]) -> None:
-        layers = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 10))
-        torch.save(nn.Sequential(*layers).eval(), file)
-        call = ["convert", file, "-T", "4", "--dry-run", *self.DATA]
-        assert run(lmh, call) == 1
-        assert "pass --maxpool gated or average" in json.loads(capsys.readouterr().out)["problems"][0]
-        for name in ("gated", "average"):
-            assert run(lmh, [*call, "--maxpool", name]) == 0
-
-    def test_help_says_what_each_means(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert run(lmh, ["convert", "--help"]) == 0
-        shown = " ".join(capsys.readouterr().out.split())
-        for part in ("[before|average|gated]", "before: the maximum of the currents", "gated: behind them", "average:"):
-            assert part in shown
-        assert run(lmh, ["convert", "net.pt", "-T", "4", "--maxpool", "max"]) == 2
-        assert "'max' is not one of 'before', 'average', 'gated'" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_squeezenet_needs_the_gate() -> None:
-    """Three max-pools behind layers of spikes: before the neurons the answers have nothing to do with the ANN's."""
-    torch.manual_seed(0)
-    x = F.interpolate(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)), size=64, mode="bilinear")
-    ann = torchvision().models.squeezenet1_1(weights=None).eval()
-    expected = ann(x)
-
-    def correlation(maxpool: MaxPool) -> float:
-        with torch.no_grad():
-            got = convert(ann, 64, data=x, maxpool=maxpool).snn(x)
-        pair = [(value - value.mean(0)).flatten() for value in (got, expected)]
-        return float(torch.corrcoef(torch.stack(pair).detach())[0, 1])
-
-    assert correlation(BeforeNeuron()) < 0.3
-    assert correlation(Gated()) > 0.9

@@ -6,13 +6,11 @@ import argparse
 import collections
 import datetime
 import importlib
-import io
 import pickle
 import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -22,80 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from commands import command
 from lmh import convert, zoo
-from lmh.cli import lmh, run
 from lmh.convert.pickles import Trust, read_pickle
 from lmh.errors import ArgumentError, SourceError, UnsafePickleError
 
 MODULE = "users_pkg.network"
-SOURCE = """
-import enum
-import os
-import subprocess
-from dataclasses import dataclass
-from pathlib import Path
-from subprocess import Popen
-from typing import NamedTuple
-
-import torch.nn.functional as F
-from torch import nn
-
-Path("imported").touch()
-
-
-class Kind(enum.Enum):
-    PLAIN = 1
-
-
-class Size(NamedTuple):
-    inputs: int
-    outputs: int
-
-
-@dataclass
-class Config:
-    size: Size
-    kind: Kind
-    scale: float = 1.0
-
-
-class Block(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.fc = nn.Linear(config.size.inputs, 6)
-        self.function = F.relu
-
-    def forward(self, x):
-        return self.function(self.fc(x)) * self.config.scale
-
-
-class Mine(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.block = Block(config)
-        self.head = nn.Linear(6, config.size.outputs)
-
-    def forward(self, x):
-        return self.head(self.block(x.flatten(1)))
-
-
-class Runner(Popen):
-    pass
-
-
-class Outer:
-    class Inner(nn.Module):
-        pass
-
-
-def build():
-    return Mine(Config(Size(64, 10), Kind.PLAIN, 0.5)).eval()
-
-
-def call(name):
-    return os.mkdir(name)
-"""
+SOURCE = Path(__file__).with_name("users_network.py").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -125,13 +56,6 @@ def forget() -> None:
 def saved(value: object, path: str = "model.pt", *, legacy: bool = False) -> str:
     torch.save(value, path, _use_new_zipfile_serialization=not legacy)
     return path
-
-
-def command(*arguments: object) -> tuple[int, str]:
-    err = io.StringIO()
-    with redirect_stdout(io.StringIO()), redirect_stderr(err):
-        status = run(lmh, list(map(str, arguments)))
-    return status, err.getvalue()
 
 
 class Call:
@@ -254,7 +178,7 @@ class TestUsersModules:
         snn = convert.load("snn.safetensors", "mine.pt", modules=(MODULE,))
         assert torch.equal(snn(x), conversion.snn(x))
         report = ("report", "snn.safetensors", "--data", "digits", "--source", "mine.pt", "--test-samples", 20)
-        status, message = command(*report)
+        status, _, message = command(*report)
         assert (status, f"--module {MODULE}" in message) == (1, True)
         assert command(*report, "--module", MODULE)[0] == 0
 
@@ -409,7 +333,7 @@ def test_a_class_of_the_users_own_loads_with_trust() -> None:
     model = convert.load_source("mine.pt", trust_pickle=True).model
     assert type(model).__module__ == MODULE
     arguments = ("convert", "mine.pt", "-T", 2, "--input-size", "1,8,8", "--data", "digits", "--test-samples", 20)
-    status, message = command(*arguments)
+    status, _, message = command(*arguments)
     assert (status, "--trust-pickle" in message) == (1, True)
     assert command(*arguments, "--trust-pickle")[0] == 0
 

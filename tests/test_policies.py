@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import nets
+from histograms import histogram_of
 from lmh import PerLayer
 from lmh.calibrate import (
     BatchNormStatistics,
@@ -28,13 +28,6 @@ from lmh.errors import ArgumentError, CalibrationError
 from lmh.qcfs import quantize
 
 NEW = [LocalThresholdBalancing(), KLDivergence()]
-
-
-def histogram_of(*batches: Tensor) -> Histogram:
-    histogram = Histogram.empty(batches[0].shape[1], torch.device("cpu"))
-    for batch in batches:
-        histogram.add(batch)
-    return histogram
 
 
 class TestLocalThresholdBalancing:

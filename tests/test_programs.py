@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._export.serde.serialize import serialize
 
+from commands import command, succeed
 from lmh import convert, sites, zoo
-from lmh.cli import lmh, run
 from lmh.convert.files import FileKind, kind_of_file
 from lmh.convert.programs import exported_weights, script_weights
 from lmh.errors import ArchitectureError, ArgumentError, LMHError, SourceError, UnsafePickleError
@@ -85,10 +85,6 @@ def named(function: Callable[..., None]) -> str:
     return function.__name__
 
 
-def command(*arguments: object) -> int:
-    return run(lmh, list(map(str, arguments)))
-
-
 @pytest.mark.parametrize("arch", [None, "digits-cnn"], ids=["recognised", "named"])
 @pytest.mark.parametrize("name", ["net.pt", "net.pt2"])
 @pytest.mark.parametrize("save", SAVED, ids=named)
@@ -107,10 +103,9 @@ def test_the_weights_of_a_known_architecture_are_enough(
     assert "was not checked" in source.notices[0]
 
 
-def test_the_command_converts_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_converts_them() -> None:
     scripted(digits(), Path("net.pt"))
-    assert command("convert", "net.pt", "-T", 2) == 0
-    assert "Took the weights alone" in capsys.readouterr().err
+    assert "Took the weights alone" in succeed("convert", "net.pt", "-T", 2).err
     assert convert.load("net-snn-T2.safetensors")(torch.rand(3, 1, 8, 8)).shape == (3, 10)
 
 
@@ -197,12 +192,13 @@ def test_an_exported_program_of_ones_own_is_converted_with_trust(save: Callable[
         convert.load("snn.safetensors", "net.pt2")
 
 
-def test_the_command_converts_an_exported_program(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_converts_an_exported_program() -> None:
     exported(Own().eval(), Path("net.pt2"))
     arguments = ("convert", "net.pt2", "-T", 2, "--data", "digits", "--test-samples", 20)
-    assert command(*arguments) == 1
-    assert "--trust-pickle" in capsys.readouterr().err
-    assert command(*arguments, "--trust-pickle") == 0
+    status, _, err = command(*arguments)
+    assert status == 1
+    assert "--trust-pickle" in err
+    assert command(*arguments, "--trust-pickle").status == 0
 
 
 def test_an_exported_program_is_taken_whole_with_trust_and_by_its_weights_with_an_architecture() -> None:

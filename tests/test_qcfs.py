@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,18 +13,8 @@ from hypothesis import strategies as st
 from lmh.errors import ArgumentError
 from lmh.kernels import Kernel, can_compile, use_kernel
 from lmh.qcfs import QCFS, quantize
+from reference import lmh_numpy as oracle
 
-
-def _reference() -> ModuleType:
-    """Load the oracle by its path: ``tests`` is no package under every import mode."""
-    path = Path(__file__).parent / "reference" / "lmh_numpy.py"
-    loader = importlib.machinery.SourceFileLoader("lmh_numpy_reference", str(path))
-    module = ModuleType(loader.name)
-    loader.exec_module(module)
-    return module
-
-
-oracle = _reference()
 LEVELS = [1, 2, 3, 4, 8, 16]
 few = settings(max_examples=30, deadline=None)
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import nets
+from commands import command, succeed
 from lmh import DelayedReadout, MeanReadout, WeightedReadout, evaluate, per_step, prefixes
 from lmh.artifact import read_snn
-from lmh.cli import lmh, run
 from lmh.convert import EventFrames, assemble, convert, load, save
 from lmh.convert.export import Project, export_nir, export_onnx, export_pt2
 from lmh.errors import ArgumentError, ArtifactError
@@ -190,12 +187,6 @@ class TestFiles:
 
 
 class TestCommand:
-    def run(self, *arguments: object) -> tuple[int, str, str]:
-        out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err):
-            status = run(lmh, list(map(str, arguments)))
-        return status, out.getvalue(), err.getvalue()
-
     @pytest.fixture(autouse=True)
     def _folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
@@ -203,15 +194,13 @@ class TestCommand:
     def test_the_steps_are_said_everywhere(self) -> None:
         data = ("--data", "digits", "--calibration-samples", 64, "--test-samples", 40)
         arguments = ("convert", "zoo:digits-cnn", "-T", 3, *data, "--readout", "delayed:1")
-        status, out, err = self.run(*arguments, "--json")
-        assert status == 0, err
-        result, said = json.loads(out), "the mean over steps 2 to 3 of 3"
+        result, said = succeed(*arguments, "--json").result, "the mean over steps 2 to 3 of 3"
         assert (result["timesteps"], result["readout"], len(result["snn_accuracy"])) == (3, said, 3)
         assert any(said in notice for notice in result["notices"])
-        assert said in self.run("inspect", result["output"])[1]
-        report = json.loads(self.run("report", result["output"], *data[:2], "--test-samples", 40, "--json")[1])
+        assert said in command("inspect", result["output"]).out
+        report = succeed("report", result["output"], *data[:2], "--test-samples", 40, "--json").result
         assert (report["readout"], report["snn_accuracy"]) == (said, result["snn_accuracy"])
-        assert f"The answer is {said}" in self.run(*arguments)[1]
+        assert f"The answer is {said}" in command(*arguments).out
 
     @pytest.mark.parametrize(
         ("readout", "words"),
@@ -225,7 +214,7 @@ class TestCommand:
         ],
     )
     def test_what_does_not_fit_is_bad_usage(self, readout: str, words: str) -> None:
-        status, _, err = self.run("convert", "zoo:digits-cnn", "-T", 3, "--readout", readout)
+        status, _, err = command("convert", "zoo:digits-cnn", "-T", 3, "--readout", readout)
         assert status == 2
         assert words in " ".join(err.replace("│", " ").split())
         assert "--readout" in err

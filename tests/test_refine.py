@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import nets
+from commands import command, succeed
 from lmh import convert as conversion_module
 from lmh import sites
 from lmh.artifact import read_snn
@@ -25,7 +23,6 @@ from lmh.calibrate import (
     SpikingMinError,
     WeightRegression,
 )
-from lmh.cli import lmh, run
 from lmh.convert import Conversion, EventFrames, convert, refine
 from lmh.convert.calibration_cli import CORRECTIONS
 from lmh.errors import ArgumentError, CalibrationError
@@ -122,13 +119,6 @@ class TestRefine:
             refine(first, [], corrections=BiasCorrection())
 
 
-def command(*arguments: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = run(lmh, list(map(str, arguments)))
-    return status, out.getvalue(), err.getvalue()
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -138,9 +128,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class TestCommand:
     def test_stages_come_in_their_fixed_order_and_stay_with_the_file(self, folder: Path) -> None:
         options = ("--reconstruct", 5, "--correct", "weights", "--correct", "thresholds", "--calibration", "balancing")
-        status, out, err = command(*ARGUMENTS, *DATA, *options, "--json")
-        assert status == 0, err
-        result = json.loads(out)
+        done = succeed(*ARGUMENTS, *DATA, *options, "--json")
+        result, err = done.result, done.err
         names = [part.partition("(")[0] for part in result["calibration"].split(" + ")]
         assert names == ["LocalThresholdBalancing", "WeightRegression", "SpikingMinError", "Reconstruction"]
         assert result["calibration"].endswith("steps=5, batch_size=64, neuron_lr=0.01, coefficients=True, "
@@ -151,31 +140,30 @@ class TestCommand:
         assert manifest["calibration"]["samples"] == 96
         snn = conversion_module.load(result["output"])
         assert snn.meta["lmh_manifest"]["calibration"] == manifest["calibration"]
-        assert json.loads(command("report", result["output"], *DATA[:2], "--test-samples", 60, "--json")[1])[
-            "snn_accuracy"
-        ] == result["snn_accuracy"]  # fmt: skip
+        report = succeed("report", result["output"], *DATA[:2], "--test-samples", 60, "--json").result
+        assert report["snn_accuracy"] == result["snn_accuracy"]
 
     def test_corrections_pay(self, folder: Path) -> None:
         def output_error(*options: object) -> float:
-            return json.loads(command(*ARGUMENTS, *DATA, *options, "--json")[1])["output_error"]
+            return succeed(*ARGUMENTS, *DATA, *options, "--json").result["output_error"]
 
         corrected = output_error("--correct", "weights", "--correct", "thresholds")
         assert corrected < 0.92 * output_error()
 
     @pytest.mark.parametrize("name", CORRECTIONS)
     def test_every_correction_works_by_name(self, name: str, folder: Path) -> None:
-        result = json.loads(command(*ARGUMENTS, *DATA, "--correct", name, "--json")[1])
+        result = succeed(*ARGUMENTS, *DATA, "--correct", name, "--json").result
         assert f" + {CORRECTIONS[name]}, 96 samples" in result["calibration"]
         assert result["snn_accuracy"][-1] > 0.5
 
     @pytest.mark.parametrize(("name", "shown"), [("balancing", "LocalThresholdBalancing"), ("kl", "KLDivergence")])
     def test_the_policies_of_this_page_work_by_name(self, name: str, shown: str, folder: Path) -> None:
-        result = json.loads(command(*ARGUMENTS, *DATA, "--calibration", name, "--json")[1])
+        result = succeed(*ARGUMENTS, *DATA, "--calibration", name, "--json").result
         assert result["calibration"].startswith(f"{shown}(")
         assert result["snn_accuracy"][-1] > 0.5
 
     def test_diagnose_prints_a_row_for_each_site(self, folder: Path) -> None:
-        result = json.loads(command(*ARGUMENTS, *DATA, "--diagnose", "--json")[1])
+        result = succeed(*ARGUMENTS, *DATA, "--diagnose", "--json").result
         diagnosis: dict[str, Any] = result["diagnosis"]
         assert (diagnosis["timesteps"], diagnosis["samples"]) == (2, 96)
         assert [row["path"] for row in diagnosis["rows"]] == [site["path"] for site in result["sites"]]

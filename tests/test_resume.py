@@ -51,10 +51,6 @@ def train(digits: DataSet) -> Batches:
     return Batches(digits.train, preprocessing, 16, torch.arange(72), augmentation=way, shuffle_seed=3)
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
 class StopAt:
     """Breaks a run after so many batches."""
 
@@ -92,7 +88,7 @@ def test_a_broken_run_resumes_in_the_middle_of_an_epoch(
         checkpoint=kept,
         on_batch=lambda epoch, index, _loss: told.append((epoch, index)),
     )
-    assert same(whole, resumed)
+    assert nets.same(whole, resumed)
     assert history == expected
     done = stop - 1 if steps == 1 else (stop - 1) // 3 * 3 if steps else (stop - 1) // 5 * 5
     done = max(done, (stop - 1) // 5 * 5)
@@ -109,7 +105,7 @@ def test_every_strategy_resumes(digits_ann: nn.Module, train: Batches, tmp_path:
     with pytest.raises(KeyboardInterrupt):
         finetune(broken, train, train, **options, checkpoint=kept, on_batch=StopAt(8))
     assert finetune(resumed, train, train, **options, checkpoint=kept) == expected
-    assert same(whole, resumed)
+    assert nets.same(whole, resumed)
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
@@ -139,7 +135,7 @@ def test_a_shuffling_loader_with_random_samples_and_a_network_with_dropout(tmp_p
     random.seed(99)
     states = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
     assert fit(resumed, loader, None, schedule, checkpoint=kept) == expected
-    assert same(whole, resumed)
+    assert nets.same(whole, resumed)
     assert states == (random.getstate(), np.random.get_state()[1].tolist())  # type: ignore[index, union-attr]
 
 
@@ -156,7 +152,7 @@ def test_a_reader_without_length_resumes(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit(broken, Stream(), None, Schedule(epochs=2), checkpoint=kept, on_batch=StopAt(8))
     fit(resumed, Stream(), None, Schedule(epochs=2), checkpoint=kept)
-    assert same(whole, resumed)
+    assert nets.same(whole, resumed)
 
 
 SCRIPT = """
@@ -260,7 +256,7 @@ class TestTheFile:
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
         assert read_tensors(file)[1]["position"]["epoch"] == 1
         fit(resumed, batches, None, Schedule(epochs=2), checkpoint=Checkpoint(file, steps=1))
-        assert same(whole, resumed)
+        assert nets.same(whole, resumed)
 
     def test_another_strategy_or_schedule_is_refused_by_name(self, tmp_path: Path) -> None:
         batches = [(torch.rand(4, 4), torch.tensor([0, 1, 2, 0]))]

@@ -1,4 +1,4 @@
-"""The trainer: rates, averages, early stopping, precision, mixing, and where a NaN began."""
+"""The trainer: rates, averages, early stopping, precision, and where a NaN began."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,23 +20,16 @@ from lmh.convert import EventFrames, convert
 from lmh.errors import ArgumentError, TrainingError
 from lmh.finetune import (
     EMA,
-    TET,
     BFloat16,
     Checkpoint,
-    CrossEntropy,
-    CutMix,
-    Distillation,
     EarlyStopping,
     Float32,
     FrozenBatchNorm,
-    Mixup,
     Schedule,
     finetune,
     fit,
 )
 from lmh.finetune.diagnosis import origin
-from lmh.finetune.losses import combined
-from lmh.finetune.mixing import MixedLabels, mixed
 from lmh.finetune.optimiser import copied
 from lmh.finetune.trainer import accuracy
 from lmh.zoo import Batches, DataSet
@@ -56,19 +48,17 @@ def start(digits_calibration: Batches, digits_ann: nn.Module) -> nn.Module:
     return convert(digits_ann, 2, data=digits_calibration).snn
 
 
-def data() -> list[tuple[Tensor, Tensor]]:
-    return [(torch.rand(16, 4), torch.randint(3, (16,))) for _ in range(4)]
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
 class TestRates:
     def test_warm_up_then_cosine(self) -> None:
         found: list[float] = []
         schedule = Schedule(epochs=3, lr=0.1, warmup_steps=5)
-        fit(nets.two_layers(), data(), None, schedule, on_progress=lambda progress: found.append(progress.lr))
+        fit(
+            nets.two_layers(),
+            nets.two_layer_batches(),
+            None,
+            schedule,
+            on_progress=lambda progress: found.append(progress.lr),
+        )
         cosine = [0.05 * (1 + math.cos(math.pi * step / 12)) for step in range(12)]
         factors = [min(1, (step + 1) / 5) for step in range(12)]
         assert found == pytest.approx([a * b for a, b in zip(cosine, factors, strict=True)])
@@ -90,7 +80,7 @@ class TestRates:
     def test_thresholds_of_qcfs_have_the_neurons_rate_and_no_decay(self) -> None:
         network = nn.Sequential(nn.Linear(4, 8), QCFS(4, 1.0, channels=8), nn.Linear(8, 3))
         frozen = Schedule(epochs=1, neuron_lr=0.0, weight_decay=0.5)
-        fit(network, data(), None, frozen)
+        fit(network, nets.two_layer_batches(), None, frozen)
         assert not bool(network[1].raw_threshold.detach().any())  # type: ignore[union-attr, operator]
 
 
@@ -98,7 +88,7 @@ class TestAverage:
     def test_the_result_is_the_moving_average_of_the_weights(self) -> None:
         network = nets.two_layers()
         plain, averaged = copy.deepcopy(network), copy.deepcopy(network)
-        batches, seen = data(), [copied(network)]
+        batches, seen = nets.two_layer_batches(), [copied(network)]
         fit(plain, batches, None, Schedule(epochs=2), on_batch=lambda *_: seen.append(copied(plain)))
         fit(averaged, batches, None, Schedule(epochs=2, ema=EMA(0.6)))
         expected = dict(seen[0])
@@ -106,7 +96,7 @@ class TestAverage:
             decay = min(0.6, (1 + count) / (10 + count))
             expected = {name: decay * expected[name] + (1 - decay) * weights[name] for name in weights}
         assert all(torch.allclose(expected[n], t, atol=1e-6) for n, t in averaged.state_dict().items())
-        assert not same(plain, averaged)
+        assert not nets.same(plain, averaged)
 
     def test_validation_measures_the_average_and_training_goes_on_without_it(self, train: Batches) -> None:
         card = zoo.card("digits-cnn")
@@ -138,11 +128,11 @@ class TestEarlyStopping:
         first, again = copy.deepcopy(digits_ann), copy.deepcopy(digits_ann)
         expected = fit(first, train, train, schedule, checkpoint=tmp_path / "run")
         assert fit(again, train, train, schedule, checkpoint=tmp_path / "run") == expected
-        assert same(first, again)
+        assert nets.same(first, again)
 
     def test_it_needs_validation(self, train: Batches) -> None:
         with pytest.raises(ArgumentError, match=r"needs validation batches and val is None\. Pass val="):
-            fit(nets.two_layers(), data(), None, Schedule(epochs=1, early_stopping=EarlyStopping()))
+            fit(nets.two_layers(), nets.two_layer_batches(), None, Schedule(epochs=1, early_stopping=EarlyStopping()))
 
     @pytest.mark.parametrize("bad", [{"patience": 0}, {"patience": 1.5}, {"least": 1.0}])
     def test_values_out_of_range_are_refused(self, bad: dict[str, Any]) -> None:
@@ -186,7 +176,7 @@ class TestPrecision:
     def test_a_device_without_it_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
         with pytest.raises(ArgumentError, match=r"this cpu does not compute in bfloat16.*Use Float32\(\)"):
-            fit(nets.two_layers(), data(), None, Schedule(epochs=1, precision=BFloat16()))
+            fit(nets.two_layers(), nets.two_layer_batches(), None, Schedule(epochs=1, precision=BFloat16()))
 
     def test_a_precision_by_name_is_refused(self) -> None:
         with pytest.raises(ArgumentError, match=r"the string 'bf16'.*Pass Float32\(\) or BFloat16\(\)"):
@@ -196,110 +186,14 @@ class TestPrecision:
 LAST = torch.channels_last
 
 
-class TestMixing:
-    def test_mixup_is_its_formula(self) -> None:
-        x, labels = torch.rand(8, 3, 4, 4), torch.arange(8)
-        (out,), soft = mixed((x,), labels, (Mixup(),), 5, 0)
-        assert isinstance(soft, MixedLabels)
-        assert torch.equal(soft.first, labels)
-        assert torch.allclose(out, soft.share * x + (1 - soft.share) * x[soft.second])
-
-    def test_cutmix_has_every_pixel_from_one_of_both_and_counts_them(self) -> None:
-        x, labels = torch.rand(8, 3, 8, 8), torch.arange(8)
-        for seed in range(20):
-            (out,), soft = mixed((x,), labels, (CutMix(),), seed, 0)
-            assert isinstance(soft, MixedLabels)
-            own = (out == x).all(1)
-            partner = (out == x[soft.second]).all(1)
-            assert bool((own | partner).all())
-            strangers = soft.second != labels
-            assert float(own[strangers].double().mean()) == pytest.approx(soft.share)
-
-    def test_shares_are_spread_as_alpha_says(self) -> None:
-        def shares(alpha: float) -> Tensor:
-            found = []
-            for seed in range(400):
-                _, soft = mixed((torch.zeros(2, 3),), torch.arange(2), (Mixup(alpha),), seed, 0)
-                assert isinstance(soft, MixedLabels)
-                found.append(soft.share)
-            return torch.tensor(found)
-
-        even, edged = shares(1.0), shares(0.1)
-        assert float(even.mean()) == pytest.approx(0.5, abs=0.05)
-        assert float(even.var()) == pytest.approx(1 / 12, abs=0.01)
-        assert float(edged.var()) == pytest.approx(0.25 / 1.2, abs=0.02)
-
-    @pytest.mark.parametrize("way", [Mixup(), CutMix()])
-    def test_several_inputs_are_mixed_alike(self, way: Mixup | CutMix) -> None:
-        x = torch.rand(8, 3, 8, 8)
-        (a, b), _ = mixed((x, 2 * x), torch.arange(8), (way,), 3, 0)
-        assert torch.allclose(b, 2 * a)
-        assert not torch.equal(a, x)
-
-    def test_event_frames_are_mixed_along_their_batch(self) -> None:
-        x = torch.rand(3, 8, 2, 4, 4)
-        (out,), soft = mixed((x,), torch.arange(8), (Mixup(),), 1, 1)
-        assert isinstance(soft, MixedLabels)
-        assert torch.allclose(out, soft.share * x + (1 - soft.share) * x[:, soft.second])
-
-    @pytest.mark.parametrize("loss", [CrossEntropy(0.1), TET(0.2)])
-    def test_mixed_labels_are_soft_targets(self, loss: CrossEntropy | TET) -> None:
-        outputs = torch.randn(3, 6, 4) if loss.per_step else torch.randn(6, 4)
-        first, second = torch.randint(4, (6,)), torch.randint(4, (6,))
-        ours = combined(loss, None, outputs, MixedLabels(first, second, 0.3), None)
-        soft = 0.3 * F.one_hot(first, 4).float() + 0.7 * F.one_hot(second, 4).float()
-        if isinstance(loss, CrossEntropy):
-            assert torch.allclose(ours, F.cross_entropy(outputs, soft, label_smoothing=0.1))
-        else:
-            each = F.cross_entropy(outputs.flatten(0, 1), soft.repeat(3, 1))
-            assert torch.allclose(ours, 0.8 * each + 0.2 * (outputs - 1).square().mean())
-
-    def test_a_teacher_is_shown_the_mixed_images_and_needs_no_labels(self) -> None:
-        shown: list[Tensor] = []
-
-        class Teacher(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                shown.append(x)
-                return x[:, :3]
-
-        students: list[Tensor] = []
-        student = nets.two_layers()
-        student.register_forward_pre_hook(lambda _m, inputs: students.append(inputs[0]))
-        batches = [x for x, _ in data()]
-        fit(student, batches, None, Schedule(epochs=1, mixing=(Mixup(),)), teacher=Teacher())
-        assert len(shown) == 4
-        assert all(torch.equal(a, b) for a, b in zip(shown, students, strict=True))
-        assert not any(torch.equal(a, b) for a, b in zip(shown, batches, strict=True))
-
-    def test_both_ways_are_drawn(self) -> None:
-        x = torch.rand(4, 1, 8, 8)
-        ways = {bool((mixed((x,), None, (Mixup(), CutMix()), seed, 0)[0][0] == x).any()) for seed in range(20)}
-        assert ways == {True, False}
-
-    def test_cutmix_of_what_is_no_image_is_refused(self) -> None:
-        with pytest.raises(ArgumentError, match=r"shape \[16, 4\]; expected images.*Use Mixup\(\)"):
-            fit(nets.two_layers(), data(), None, Schedule(epochs=1, mixing=(CutMix(),)))
-
-    @pytest.mark.parametrize("mixing", [Mixup(), (Mixup,), ["mixup"], ("mixup",)])
-    def test_what_is_no_tuple_of_ways_is_refused(self, mixing: Any) -> None:
-        with pytest.raises(ArgumentError, match=r"expected a tuple of ways to mix\. Pass \(Mixup\(\), CutMix\(\)\)"):
-            Schedule(epochs=1, mixing=mixing)
-
-    @pytest.mark.parametrize("kind", [Mixup, CutMix])
-    @pytest.mark.parametrize("alpha", [0.0, -1.0, math.inf])
-    def test_an_alpha_out_of_range_is_refused(self, kind: type, alpha: float) -> None:
-        with pytest.raises(ArgumentError, match=r"alpha is .*expected a finite number above 0"):
-            kind(alpha)
-
-
 class TestDistillation:
     def test_none_learns_from_the_labels_alone(self) -> None:
         ann, plain, without = (nets.two_layers() for _ in range(3))
         without.load_state_dict(plain.state_dict())
-        batches = data()
+        batches = nets.two_layer_batches()
         fit(plain, batches, None, Schedule(epochs=1))
         fit(without, batches, None, Schedule(epochs=1, distillation=None), teacher=ann)
-        assert same(plain, without)
+        assert nets.same(plain, without)
 
     def test_another_type_is_refused(self) -> None:
         with pytest.raises(ArgumentError, match=r"distillation is 0\.5.*Pass Distillation\(\) or None"):
@@ -320,7 +214,7 @@ class TestWhereItBegan:
             fit(network, batches, None, Schedule(epochs=1, **settings))
 
     def test_in_the_data(self) -> None:
-        batches = data()
+        batches = nets.two_layer_batches()
         batches[2][0][0, 0] = float("nan")
         self.fails(nets.two_layers(), batches, r"epoch 1, batch 3: the loss is nan; it began in the batch, which holds")
 
@@ -328,7 +222,7 @@ class TestWhereItBegan:
         network = nets.two_layers()
         with torch.no_grad():
             network[2].bias[0] = float("inf")  # type: ignore[index, operator]
-        self.fails(network, data(), r"it began in the network's own 2\.bias")
+        self.fails(network, nets.two_layer_batches(), r"it began in the network's own 2\.bias")
 
     @pytest.mark.parametrize(("name", "symbol"), [("raw_threshold", "θ"), ("raw_lambda_d", "λ_D"), ("raw_mu_s", "μ_S")])
     def test_in_a_neurons_parameter(self, name: str, symbol: str) -> None:
@@ -336,7 +230,7 @@ class TestWhereItBegan:
         [site] = sites(snn).values()
         with torch.no_grad():
             getattr(site, name).fill_(float("nan"))
-        self.fails(snn, data(), rf"it began in the network's own {symbol} of 1;")
+        self.fails(snn, nets.two_layer_batches(), rf"it began in the network's own {symbol} of 1;")
 
     def test_in_a_layer(self) -> None:
         class Log(nn.Module):
@@ -344,7 +238,7 @@ class TestWhereItBegan:
                 return torch.log(x - 0.5)
 
         network = nn.Sequential(nn.Linear(4, 8), Log(), nn.ReLU(), nn.Linear(8, 3))
-        self.fails(network, data(), r"it began in the output of 1 \(Log\)")
+        self.fails(network, nets.two_layer_batches(), r"it began in the output of 1 \(Log\)")
 
     def test_in_a_gradient(self) -> None:
         class Root(nn.Module):
@@ -352,7 +246,7 @@ class TestWhereItBegan:
                 return torch.sqrt(x * 0)
 
         network = nn.Sequential(nn.Linear(4, 8), Root(), nn.Linear(8, 3))
-        self.fails(network, data(), r"the gradient is nan; it began in the gradient of 0\.bias")
+        self.fails(network, nets.two_layer_batches(), r"the gradient is nan; it began in the gradient of 0\.bias")
 
     def test_in_the_teacher(self) -> None:
         class Broken(nn.Module):
@@ -360,7 +254,7 @@ class TestWhereItBegan:
                 return torch.full((len(x), 3), float("nan"))
 
         with pytest.raises(TrainingError, match="it began in the teacher's outputs"):
-            fit(nets.two_layers(), data(), None, Schedule(epochs=1), teacher=Broken())
+            fit(nets.two_layers(), nets.two_layer_batches(), None, Schedule(epochs=1), teacher=Broken())
 
     def test_in_an_update(self, tmp_path: Path) -> None:
         network = nets.two_layers()
@@ -368,7 +262,7 @@ class TestWhereItBegan:
         with pytest.raises(TrainingError, match=r"batch \d: .*(is not finite after the update|it began in).*Lower lr"):
             fit(
                 network,
-                data(),
+                nets.two_layer_batches(),
                 None,
                 Schedule(epochs=1, lr=1e38, clip_norm=None, momentum=0.99),
                 checkpoint=Checkpoint(file, steps=1),
@@ -392,26 +286,6 @@ def test_a_loader_that_drops_a_last_small_batch_is_named() -> None:
     loader = DataLoader(TensorDataset(torch.rand(8, 4), torch.randint(3, (8,))), batch_size=16, drop_last=True)
     with pytest.raises(TrainingError, match=r"no batch.*drop_last=True a data set smaller than a batch gives none"):
         fit(nets.two_layers(), loader, None, Schedule(epochs=1))
-
-
-def test_the_mixing_is_of_the_schedules_seed() -> None:
-    networks = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(0)
-        network = nets.two_layers()
-        fit(network, [(torch.ones(4, 4).cumsum(0), torch.tensor([0, 1, 2, 0]))], None,
-            Schedule(epochs=2, mixing=(Mixup(),), seed=seed))  # fmt: skip
-        networks.append(network)
-    assert same(networks[0], networks[1])
-    assert not same(networks[0], networks[2])
-
-
-def test_distillation_weighs_labels_and_teacher_of_mixed_batches() -> None:
-    outputs, teacher = torch.randn(6, 4), torch.randn(6, 4)
-    labels = MixedLabels(torch.randint(4, (6,)), torch.randint(4, (6,)), 0.25)
-    ours = combined(CrossEntropy(), Distillation(0.4), outputs, labels, teacher)
-    hard = 0.25 * F.cross_entropy(outputs, labels.first) + 0.75 * F.cross_entropy(outputs, labels.second)
-    assert torch.allclose(ours, 0.6 * hard + 0.4 * Distillation(0.4)(outputs, teacher))
 
 
 def test_a_last_batch_of_one_sample_before_batch_norm_says_what_to_do() -> None:
