@@ -286,8 +286,7 @@ def _save(job: Job, start: Start, training: Training, tuned: Any, result: dict[s
 
 def _teacher(job: Job, start: Start, recipe: TrainingRecipe) -> nn.Module | None:
     if job.teacher is None:
-        distillation = recipe.schedule.distillation
-        features = distillation is not None and distillation.features > 0
+        features = any(schedule.distils_features for schedule in recipe.schedules)
         return start.network.prepared.model if features and isinstance(start.network, Conversion) else start.ann
     found = load_source(job.teacher, trust_pickle=job.trust_pickle, modules=job.modules)
     return found.model.to(job.device)

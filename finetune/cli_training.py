@@ -21,7 +21,6 @@ from .history import EpochResult
 from .hybrid import taken_over
 from .log import Log, LogWriter, Progress
 from .recipe import TrainingRecipe
-from .strategies import Hybrid
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,7 @@ class _TerminalLog:
 
     def epoch(self, stage: str, result: EpochResult) -> None:
         """Print the line."""
-        strategy = self.recipe.strategy
-        schedule = strategy.qcfs if stage == "QCFS" and isinstance(strategy, Hybrid) else self.recipe.schedule
+        schedule = self.recipe.schedules[0 if stage == "QCFS" else -1]
         name = "QCFS epoch" if stage == "QCFS" else "epoch"
         measured = "" if result.val_accuracy is None else f", held-out accuracy {100 * result.val_accuracy:.2f} %"
         self.terminal.notice(f"{name} {result.epoch + 1} of {schedule.epochs}: loss {result.loss:.4f}{measured}")
