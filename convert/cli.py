@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
+from torch import fx, nn
 
 from ..artifact import is_there, user_path
 from ..calibrate import Correction, Policy
@@ -24,6 +25,7 @@ from ..records import Evaluation, plain_value
 from ..results import describe_network
 from ..terminal import Terminal, print_fates, print_result
 from ..time_axis import MAX_TIMESTEPS
+from ..zoo.images import Batches
 from .calibration_cli import CORRECTIONS, calibration_options, diagnosed, refined
 from .cli_inputs import SEED, Amounts, Inputs, NumbersType, ReadoutType, open_inputs, source_options
 from .export_cli import FORMATS, FORMATS_HELP, export_as, export_files
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from ..finetune.cli_training import Training
 
 _POSITIVE = click.IntRange(min=1)
+METRICS = ("samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error", "training_free", "stages")
+"""What a manifest keeps of a command's result."""
 
 
 @dataclass(frozen=True)
@@ -211,14 +215,14 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         )
     for notice in conversion.report.notices:
         terminal.notice(notice)
-    before = _evaluate(conversion, source, inputs, terminal, "measuring")
+    before = measured(conversion.snn, inputs.test, source.model, terminal, "measuring")
     after, stages, facts = None, [], {"epochs": 0}
     training = _training(job, conversion, source, inputs) if job.epochs else None
     if training is not None:
         tuned = training.run(terminal)
         stages = training.stages(tuned, terminal)
         conversion, facts = tuned.conversion or conversion, training.facts(tuned)
-        after = _evaluate(conversion, source, inputs, terminal, "measuring again")
+        after = measured(conversion.snn, inputs.test, source.model, terminal, "measuring again")
     result = describe_network(
         conversion.snn,
         source=job.source,
@@ -232,15 +236,11 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         notices=(*inputs.notices, *conversion.report.notices),
         spiking_coverage=conversion.report.spiking_coverage,
     )
-    metrics = {
-        key: result[key]
-        for key in ("samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error", "training_free", "stages")
-    }
     save(
         conversion,
         job.output,
         source=source.record(),
-        metrics=metrics,
+        metrics={key: result[key] for key in METRICS},
         seed=job.amounts.seed,
         command=command_line(),
         data=job.data,
@@ -337,12 +337,13 @@ def _convert(job: Job, source: Source, inputs: Inputs, terminal: Terminal) -> Co
     )
 
 
-def _evaluate(
-    conversion: Conversion, source: Source, inputs: Inputs, terminal: Terminal, name: str
+def measured(
+    snn: fx.GraphModule, test: Batches | None, ann: nn.Module | None, terminal: Terminal, name: str
 ) -> Evaluation | None:
-    if inputs.test is None:
+    """Measure a network on the test batches, with a bar; None without any."""
+    if test is None:
         return None
-    with terminal.stage(name, inputs.test.count) as advance:
+    with terminal.stage(name, test.count) as advance:
         done = 0
 
         def on_batch(samples: int) -> None:
@@ -350,18 +351,19 @@ def _evaluate(
             advance(samples - done, f"{samples} samples")
             done = samples
 
-        return evaluate(conversion.snn, inputs.test, ann=source.model, on_batch=on_batch)
+        return evaluate(snn, test, ann=ann, on_batch=on_batch)
 
 
 def _training(job: Job, conversion: Conversion, source: Source, inputs: Inputs) -> Training:
     """Return the training that ``--finetune`` asks for, with the recipe that ``lmh finetune`` has by default."""
     from ..finetune import Checkpoint
-    from ..finetune.cli_training import Training, default_recipe
+    from ..finetune.cli_recipe import Wishes
+    from ..finetune.cli_training import Training
 
     if inputs.train is None or getattr(inputs.train.split, "labels", None) is None:
         raise DataError(f"{job.data}: no labelled training samples; expected some for --finetune.")
     keep_freed_memory()
-    recipe = default_recipe(conversion, job.epochs, inputs.train, job.amounts.seed)
+    recipe = Wishes(epochs=job.epochs).recipe_for(spiking=False, batches=inputs.train, seed=job.amounts.seed)
     checkpoint = Checkpoint(job.output.with_name(f"{job.output.name}.training"))
     return Training(conversion, recipe, inputs, source.model, checkpoint)
 

@@ -12,8 +12,9 @@ import click
 from .. import zoo
 from ..errors import ArgumentError, DataError
 from ..readout import Average, DelayedReadout, MeanReadout, WeightedReadout
+from ..zoo.augmentation import CropFlip
 from ..zoo.data import ArraySplit
-from ..zoo.images import Batches, CropFlip, Preprocessing, Split
+from ..zoo.images import Batches, Preprocessing, Split
 from ..zoo.registry import IMAGENET
 from .loading import Source
 

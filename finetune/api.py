@@ -147,15 +147,11 @@ def finetune(
     if not isinstance(strategy, Hybrid):
         return Finetuned(conversion.snn, (call.stbp(conversion.snn, strategy),), conversion)
     if teacher is None:
-        features = any(map(_distils_features, (schedule, strategy.qcfs)))
+        features = schedule.distils_features or strategy.qcfs.distils_features
         ann = conversion.prepared.model if features or isinstance(network, Conversion) else network
         call = replace(call, teacher=ann)
     first, conversion = call.qcfs(conversion, strategy)
     return Finetuned(conversion.snn, (first, call.stbp(conversion.snn, strategy)), conversion)
-
-
-def _distils_features(schedule: Schedule) -> bool:
-    return schedule.distillation is not None and schedule.distillation.features > 0
 
 
 def _check_strategy(strategy: object) -> None:
@@ -200,7 +196,7 @@ class _Call:
 
     def samples(self, model: nn.Module) -> list[Any]:
         """Return the batches that thresholds are found on."""
-        return Feed.of(self.train, self.schedule.seed, model).first(CALIBRATION_SAMPLES, model)
+        return Feed.of(self.train, self.schedule.seed, model).first(CALIBRATION_SAMPLES)
 
     def stbp(self, snn: nn.Module, strategy: Strategy) -> Stage:
         """Train the spiking network."""

@@ -106,19 +106,14 @@ class Feed:
             )
         return count
 
-    def first(self, count: int, model: nn.Module) -> list[Any]:
-        """Return the first batches of epoch 0, until they hold that many samples or there are no more.
-
-        Args:
-            count: how many, at least.
-            model: the network that they are for.
-        """
+    def first(self, count: int) -> list[Any]:
+        """Return the first batches of epoch 0, until they hold that many samples or there are no more."""
         found: list[Any] = []
         have = 0
         for batch in self.epoch(0):
-            inputs, _ = parts("finetune: train", batch, model)
+            inputs, _ = split_batch("finetune: train", batch, self.inputs)
             found.append(batch)
-            have += samples(model, inputs)
+            have += inputs[0].shape[self.axis]
             if have >= count:
                 break
         return found
@@ -147,23 +142,9 @@ def takes_events(model: nn.Module) -> bool:
     return any(isinstance(module, (FoldEvents, MeanOverFrames)) for module in model.modules())
 
 
-def samples(model: nn.Module, inputs: Inputs) -> int:
-    """Return N of inputs [N, *F], or [T, N, *F] where the network takes event frames."""
-    return inputs[0].shape[batch_axis(model)]
-
-
 def batch_axis(model: nn.Module) -> int:
     """Return where N is in a network's inputs."""
     return int(takes_events(model))
-
-
-def parts(where: str, batch: Any, model: nn.Module) -> tuple[Inputs, Any]:
-    """Return what a batch holds for a network: its inputs, and the labels as they came, or None.
-
-    Raises:
-        ArgumentError: for a batch of another form.
-    """
-    return split_batch(where, batch, input_count(model))
 
 
 def split(where: str, batch: Any, model: nn.Module) -> tuple[Inputs, Tensor | None]:
@@ -173,9 +154,9 @@ def split(where: str, batch: Any, model: nn.Module) -> tuple[Inputs, Tensor | No
         ArgumentError: for a batch of another form.
     """
     like = next(model.parameters())
-    inputs, y = parts(where, batch, model)
+    inputs, y = split_batch(where, batch, input_count(model))
     if y is not None:
-        y = check_labels(where, y, samples(model, inputs)).to(like.device)
+        y = check_labels(where, y, inputs[0].shape[batch_axis(model)]).to(like.device)
     return tuple(x.to(like) for x in inputs), y
 
 

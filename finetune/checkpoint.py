@@ -20,7 +20,7 @@ from ..spiking import kernels_used
 from .batches import Feed
 from .distributed import Group
 from .history import EpochResult, bare_path
-from .optimiser import Average, momenta, plain_names, set_momenta
+from .optimiser import Average, momenta, set_momenta
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ class Training:
 
     def restore(self, tensors: Mapping[str, Tensor], position: Mapping[str, Any], history: list[EpochResult]) -> None:
         """Go back to what :meth:`tensors` and :meth:`position` said."""
-        self.model.load_state_dict(plain_names(tensors, "model."))
-        set_momenta(self.model, self.optimizer, plain_names(tensors, "momentum."))
+        self.model.load_state_dict(_under(tensors, "model."))
+        set_momenta(self.model, self.optimizer, _under(tensors, "momentum."))
         device = next(self.model.parameters()).device
         if self.average is not None:
-            for name, value in plain_names(tensors, "average.").items():
+            for name, value in _under(tensors, "average.").items():
                 self.average.values[name].copy_(value)
-        best = plain_names(tensors, "best.")
+        best = _under(tensors, "best.")
         self.best = {name: value.to(device) for name, value in best.items()} or None
         self.epoch, self.batch = position["epoch"], position["batch"]
         self.loss, self.seen = position["loss"], position["seen"]
@@ -207,6 +207,11 @@ class Keeper:
 
 def _kernels(model: nn.Module) -> dict[str, str]:
     return {bare_path(path): kernel.value for path, kernel in kernels_used(model).items() if kernel is not None}
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the entries under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _plain(history: list[EpochResult]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from .. import zoo
 from ..artifact import user_path
 from ..cli import command_line
-from ..convert.cli import check_output, default_output, device_of
+from ..convert.cli import METRICS, check_output, default_output, device_of, measured
 from ..convert.cli_inputs import SEED, Amounts, Inputs, NumbersType, open_inputs, source_options
 from ..convert.inspect_cli import is_spiking
 from ..convert.loading import Source, load_source
@@ -30,7 +30,7 @@ from ..terminal import Terminal, print_result
 from ..time_axis import MAX_TIMESTEPS
 from .checkpoint import Checkpoint
 from .cli_recipe import Wishes, recipe_options
-from .cli_training import Training, measured
+from .cli_training import Training, files_of
 from .distributed import Group, joined
 from .fresh import with_statistics
 from .log import JSONLines, Log, TensorBoard
@@ -114,7 +114,6 @@ class Start:
 @click.option("--data", metavar="SPEC", help="digits, npz:FILE, cifar10:DIR, cifar100:DIR or folder:DIR.")
 @click.option("--timesteps", "-T", type=click.IntRange(1, MAX_TIMESTEPS), help="Time steps T, for an ANN.")
 @recipe_options
-@click.option("--recipe", metavar="FILE", help="A .toml from --save-recipe, or a network that lmh finetune trained.")
 @click.option("--save-recipe", type=click.Path(dir_okay=False, path_type=Path), help="Write the recipe as TOML.")
 @click.option("--time-norm", type=click.Choice(list(NORMALISATIONS)), help="Of an ANN's BatchNorm; plain unless given.")
 @click.option("--teacher", metavar="SOURCE", help="In the place of the network's own ANN.")
@@ -148,7 +147,6 @@ class Start:
 def finetune_command(
     network: str,
     data: str | None,
-    recipe: str | None,
     calibration_samples: int,
     train_samples: int | None,
     test_samples: int | None,
@@ -171,7 +169,7 @@ def finetune_command(
     """  # noqa: D301
     if data is None:
         raise click.UsageError("--data is missing: training runs on its training split. Give a data set.")
-    wishes = Wishes.of(options, recipe)
+    wishes = Wishes.of(options)
     spiking = _spikes(network)
     if spiking and timesteps is not None:
         raise click.UsageError(f"-T {timesteps} came with a spiking network, whose own T stays. Leave it out.")
@@ -219,7 +217,7 @@ def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
     """Load, convert where needed, measure, train, measure, save. Return the result as plain values."""
     if job.resume is not None:
         _make_folder(user_path(job.resume))
-        if not any(map(_exists, (job.checkpoint, job.checkpoint.of_stage("qcfs")))):
+        if not any(file.exists() for file in files_of(job.checkpoint)):
             terminal.notice(f"{job.resume}: there is no checkpoint yet; the run starts anew.")
     check_output(job.output, job.network, job.data)
     keep_freed_memory()
@@ -267,18 +265,13 @@ def _make_folder(folder: Path) -> None:
         ) from error
 
 
-def _exists(checkpoint: Checkpoint) -> bool:
-    return Path(checkpoint.file).exists()
-
-
 def _save(job: Job, start: Start, training: Training, tuned: Any, result: dict[str, Any]) -> None:
-    keys = ("samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error", "training_free", "stages")
     inputs = start.inputs
     save(
         tuned.conversion or tuned.snn,
         job.output,
         source=start.record,
-        metrics={key: result[key] for key in keys},
+        metrics={key: result[key] for key in METRICS},
         seed=job.amounts.seed,
         command=command_line(),
         data=job.data,
@@ -293,8 +286,7 @@ def _save(job: Job, start: Start, training: Training, tuned: Any, result: dict[s
 
 def _teacher(job: Job, start: Start, recipe: TrainingRecipe) -> nn.Module | None:
     if job.teacher is None:
-        distillation = recipe.schedule.distillation
-        features = distillation is not None and distillation.features > 0
+        features = any(schedule.distils_features for schedule in recipe.schedules)
         return start.network.prepared.model if features and isinstance(start.network, Conversion) else start.ann
     found = load_source(job.teacher, trust_pickle=job.trust_pickle, modules=job.modules)
     return found.model.to(job.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import click
@@ -12,7 +12,6 @@ from ..spiking import LIF, LMH, PerChannel, PerStep
 from ..zoo.augmentation import Augmentation, AutoAugment, Cutout, InTurn
 from ..zoo.images import Batches
 from .batch_norm import FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
-from .cli_training import gentle, qcfs_epochs
 from .losses import TET, CrossEntropy, Distillation
 from .mixing import CutMix, Mixup
 from .precision import BFloat16, Float32
@@ -67,38 +66,11 @@ _OPTIONS = (
     ),
     click.option("--amp", is_flag=True, help="Train in bfloat16 by autocast, channels last; neurons in fp32."),
     click.option("--channels-last", is_flag=True, help="Store activations channels last in fp32 too."),
+    click.option(
+        "--recipe", metavar="FILE", help="A .toml from --save-recipe, or a network that lmh finetune trained."
+    ),
 )  # fmt: skip
-_NAMES = [
-    "epochs",
-    "strategy",
-    "slice_steps",
-    "accumulate",
-    "qcfs_epochs",
-    "qcfs_lr",
-    "qcfs_warmup",
-    "leak",
-    "membrane",
-    "lr",
-    "neuron_lr",
-    "warmup",
-    "weight_decay",
-    "batch_size",
-    "loss",
-    "tet_lambda",
-    "label_smoothing",
-    "distill",
-    "distill_features",
-    "no_teacher",
-    "temperature",
-    "mix",
-    "cutout",
-    "autoaugment",
-    "ema",
-    "early_stopping",
-    "batch_norm",
-    "amp",
-    "channels_last",
-]
+LONGEST_WARMUP = 100
 
 
 def recipe_options(command: Any) -> Any:
@@ -110,52 +82,54 @@ def recipe_options(command: Any) -> Any:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What was asked for; None where nothing was."""
+    """What was asked for, by the names of the options; None where nothing was."""
 
-    epochs: int | None
-    strategy: str | None
-    slice_steps: int | None
-    accumulate: bool
-    qcfs_epochs: int | None
-    qcfs_lr: float | None
-    qcfs_warmup: int | None
-    leak: float | None
-    membrane: str | None
-    lr: float | None
-    neuron_lr: float | None
-    warmup: int | None
-    weight_decay: float | None
-    batch_size: int | None
-    loss: str | None
-    tet_lambda: float | None
-    label_smoothing: float | None
-    distill: float | None
-    distill_features: float | None
-    no_teacher: bool
-    temperature: float | None
-    mix: tuple[str, ...]
-    cutout: int | None
-    autoaugment: bool
-    ema: float | None
-    early_stopping: int | None
-    batch_norm: str | None
-    amp: bool
-    channels_last: bool
-    recipe: str | None
+    epochs: int | None = None
+    strategy: str | None = None
+    slice_steps: int | None = None
+    accumulate: bool = False
+    qcfs_epochs: int | None = None
+    qcfs_lr: float | None = None
+    qcfs_warmup: int | None = None
+    leak: float | None = None
+    membrane: str | None = None
+    lr: float | None = None
+    neuron_lr: float | None = None
+    warmup: int | None = None
+    weight_decay: float | None = None
+    batch_size: int | None = None
+    loss: str | None = None
+    tet_lambda: float | None = None
+    label_smoothing: float | None = None
+    distill: float | None = None
+    distill_features: float | None = None
+    no_teacher: bool = False
+    temperature: float | None = None
+    mix: tuple[str, ...] = ()
+    cutout: int | None = None
+    autoaugment: bool = False
+    ema: float | None = None
+    early_stopping: int | None = None
+    batch_norm: str | None = None
+    amp: bool = False
+    channels_last: bool = False
+    recipe: str | None = None
 
     @classmethod
-    def of(cls, options: dict[str, Any], recipe: str | None) -> Wishes:
+    def of(cls, options: dict[str, Any]) -> Wishes:
         """Take the wishes out of a command's options.
 
         Raises:
             click.UsageError: if a recipe came together with an option that it decides.
         """
-        wishes = cls(**{name: options.pop(name) for name in _NAMES}, recipe=recipe)
-        context = click.get_current_context()
-        given = [name for name in _NAMES if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-        if recipe is not None and given:
-            flags = ", ".join(_flag(name) for name in given)
-            raise click.UsageError(f"--recipe {recipe} decides the training, and {flags} came with it. Leave one out.")
+        wishes = cls(**{field.name: options.pop(field.name) for field in fields(cls)})
+        source = click.get_current_context().get_parameter_source
+        given = [field.name for field in fields(cls) if source(field.name) is ParameterSource.COMMANDLINE]
+        if wishes.recipe is not None and given != ["recipe"]:
+            flags = ", ".join(_flag(name) for name in given if name != "recipe")
+            raise click.UsageError(
+                f"--recipe {wishes.recipe} decides the training, and {flags} came with it. Leave one out."
+            )
         wishes._check()
         return wishes
 
@@ -268,6 +242,20 @@ class Wishes:
         if self.cutout is not None:
             more.append(Cutout(self.cutout))
         return InTurn((*([] if usual is None else [usual]), *more)) if more else usual
+
+
+def qcfs_epochs(epochs: int) -> int:
+    """Return how many of the epochs are the QCFS stage's, unless that is said.
+
+    >>> [qcfs_epochs(epochs) for epochs in (1, 2, 4, 10, 30)]
+    [0, 0, 1, 3, 10]
+    """
+    return epochs // 3
+
+
+def gentle(epochs: int, batches: int, seed: int) -> Schedule:
+    """Return a schedule for a network that is trained already: a small rate, reached slowly."""
+    return Schedule(epochs=epochs, lr=0.01, seed=seed, warmup_steps=min(LONGEST_WARMUP, epochs * batches // 5))
 
 
 def _flag(name: str) -> str:

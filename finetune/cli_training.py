@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..convert.cli import measured
 from ..convert.cli_inputs import Inputs
 from ..convert.pipeline import Conversion
-from ..evaluation import evaluate
 from ..records import Evaluation, plain_value
-from ..terminal import Terminal
+from ..terminal import Advance, Terminal
 from ..zoo.images import Batches
 from .api import Finetuned, finetune
 from .checkpoint import Checkpoint
@@ -21,41 +21,6 @@ from .history import EpochResult
 from .hybrid import taken_over
 from .log import Log, LogWriter, Progress
 from .recipe import TrainingRecipe
-from .schedule import Schedule
-from .strategies import STBP, Hybrid, Strategy
-
-LONGEST_WARMUP = 100
-
-
-def default_recipe(network: Conversion | nn.Module, epochs: int, batches: Batches, seed: int) -> TrainingRecipe:
-    """Return the recipe where nothing else was asked for: hybrid for a conversion, STBP for a spiking network.
-
-    Args:
-        network: what is trained.
-        epochs: in all.
-        batches: training batches.
-        seed: of training.
-    """
-    first = qcfs_epochs(epochs) if isinstance(network, Conversion) else 0
-    if first == 0:
-        schedule = Schedule(epochs=epochs, seed=seed)
-        return TrainingRecipe(STBP(), schedule, batches.batch_size, batches.augmentation)
-    qcfs, schedule = (gentle(count, len(batches), seed) for count in (first, epochs - first))
-    return TrainingRecipe(Hybrid(qcfs=qcfs), schedule, batches.batch_size, batches.augmentation)
-
-
-def qcfs_epochs(epochs: int) -> int:
-    """Return how many of the epochs are the QCFS stage's, unless that is said.
-
-    >>> [qcfs_epochs(epochs) for epochs in (1, 2, 4, 10, 30)]
-    [0, 0, 1, 3, 10]
-    """
-    return epochs // 3
-
-
-def gentle(epochs: int, batches: int, seed: int) -> Schedule:
-    """Return a schedule for a network that is trained already: a small rate, reached slowly."""
-    return Schedule(epochs=epochs, lr=0.01, seed=seed, warmup_steps=min(LONGEST_WARMUP, epochs * batches // 5))
 
 
 @dataclass(frozen=True)
@@ -89,12 +54,6 @@ class Training:
         batches = self.batches
         terminal.notice(f"Samples: {self.inputs.training}.")
         with terminal.stage("fine-tuning", self.recipe.epochs * len(batches)) as advance:
-
-            def show(progress: Progress) -> None:
-                memory = "" if progress.memory_mb is None else f", {progress.memory_mb:.0f} MB"
-                pace = f"{progress.images_per_second:.0f} images/s{memory}"
-                advance(1, f"{progress.stage} epoch {progress.epoch + 1}, loss {progress.loss:.3f}, {pace}")
-
             return finetune(
                 self.network,
                 batches,
@@ -103,8 +62,7 @@ class Training:
                 schedule=self.recipe.schedule,
                 teacher=self.teacher,
                 checkpoint=self.checkpoint,
-                on_progress=show,
-                logs=[_TerminalLog(terminal, self.recipe.strategy, self.recipe.schedule), *self.logs],
+                logs=[_TerminalLog(terminal, advance, self.recipe), *self.logs],
             )
 
     def stages(self, tuned: Finetuned, terminal: Terminal) -> list[tuple[str, Evaluation]]:
@@ -119,8 +77,8 @@ class Training:
 
     def forget(self) -> None:
         """Delete the checkpoints: the result is written."""
-        for checkpoint in (self.checkpoint, self.checkpoint.of_stage("qcfs")):
-            Path(checkpoint.file).unlink(missing_ok=True)
+        for file in files_of(self.checkpoint):
+            file.unlink(missing_ok=True)
 
     def facts(self, tuned: Finetuned) -> dict[str, Any]:
         """Return what a manifest keeps of the training."""
@@ -135,54 +93,47 @@ class Training:
         return {"training": self.recipe.to_json(), "history": history, "neurons": last, "epochs": self.recipe.epochs}
 
 
+def files_of(checkpoint: Checkpoint) -> tuple[Path, Path]:
+    """Return the files of a training that is kept at a checkpoint, of both stages."""
+    return Path(checkpoint.file), Path(checkpoint.of_stage("qcfs").file)
+
+
 @dataclass(frozen=True)
 class _TerminalLog:
-    """One line on the terminal for each epoch."""
+    """The bar, and a line for each epoch.
+
+    Attributes:
+        terminal: where the lines go.
+        advance: moves the bar.
+        recipe: says how many epochs a stage has.
+    """
 
     terminal: Terminal
-    strategy: Strategy
-    schedule: Schedule
+    advance: Advance
+    recipe: TrainingRecipe
 
     def open(self) -> LogWriter:
-        """Return the writer."""
-        return _TerminalWriter(self)
-
-
-class _TerminalWriter:
-    def __init__(self, log: _TerminalLog) -> None:
-        self.log = log
+        """There is nothing to open."""
+        return self
 
     def start(self, stage: str, position: Mapping[str, Any]) -> None:
+        """Say so where a stage goes on from a checkpoint."""
         if position["epoch"] or position["batch"]:
             where = f"epoch {position['epoch'] + 1}, batch {position['batch'] + 1}"
-            self.log.terminal.notice(f"{stage} goes on from its checkpoint at {where}.")
+            self.terminal.notice(f"{stage} goes on from its checkpoint at {where}.")
 
     def batch(self, progress: Progress) -> None:
-        """The bar shows it."""
+        """Move the bar."""
+        memory = "" if progress.memory_mb is None else f", {progress.memory_mb:.0f} MB"
+        pace = f"{progress.images_per_second:.0f} images/s{memory}"
+        self.advance(1, f"{progress.stage} epoch {progress.epoch + 1}, loss {progress.loss:.3f}, {pace}")
 
     def epoch(self, stage: str, result: EpochResult) -> None:
-        strategy = self.log.strategy
-        schedule = strategy.qcfs if stage == "QCFS" and isinstance(strategy, Hybrid) else self.log.schedule
+        """Print the line."""
+        schedule = self.recipe.schedules[0 if stage == "QCFS" else -1]
         name = "QCFS epoch" if stage == "QCFS" else "epoch"
         measured = "" if result.val_accuracy is None else f", held-out accuracy {100 * result.val_accuracy:.2f} %"
-        self.log.terminal.notice(f"{name} {result.epoch + 1} of {schedule.epochs}: loss {result.loss:.4f}{measured}")
+        self.terminal.notice(f"{name} {result.epoch + 1} of {schedule.epochs}: loss {result.loss:.4f}{measured}")
 
     def close(self) -> None:
         """There is nothing to close."""
-
-
-def measured(
-    snn: fx.GraphModule, test: Batches | None, ann: nn.Module | None, terminal: Terminal, name: str
-) -> Evaluation | None:
-    """Measure a network on the test batches, with a bar; None without any."""
-    if test is None:
-        return None
-    with terminal.stage(name, test.count) as advance:
-        done = 0
-
-        def on_batch(samples: int) -> None:
-            nonlocal done
-            advance(samples - done, f"{samples} samples")
-            done = samples
-
-        return evaluate(snn, test, ann=ann, on_batch=on_batch)

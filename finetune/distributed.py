@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -143,4 +144,5 @@ def joined(device: torch.device) -> Iterator[torch.device]:
     try:
         yield device
     finally:
+        gc.collect()  # DistributedDataParallel in a cycle would keep the group and abort the process at its exit
         dist.destroy_process_group()

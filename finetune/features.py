@@ -10,20 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..qcfs import QCFS
-from ..spiking import SpikingSite
-from .history import bare_path
+from .history import bare_modules, neurons_of
+from .precision import widened
 
 Features = dict[str, Tensor]
-
-
-def neurons_of(network: nn.Module) -> dict[str, nn.Module]:
-    """Return the sites of a spiking network, or the QCFS activations of an ANN, by path without wrappers' names."""
-    return {
-        bare_path(path).removeprefix("ann."): module
-        for path, module in network.named_modules()
-        if isinstance(module, (SpikingSite, QCFS))
-    }
 
 
 def counterparts(network: nn.Module, teacher: nn.Module) -> dict[str, nn.Module]:
@@ -32,14 +22,14 @@ def counterparts(network: nn.Module, teacher: nn.Module) -> dict[str, nn.Module]
     Raises:
         ArgumentError: if there is none.
     """
-    known = {path.removeprefix("ann."): module for path, module in teacher.named_modules()}
-    missing = [path for path in neurons_of(network) if path not in known]
+    known, wanted = bare_modules(teacher), neurons_of(network)
+    missing = [path for path in wanted if path not in known]
     if missing:
         raise ArgumentError(
             f"Distillation: features were asked for and the teacher has no module {missing[0]}, one of {len(missing)}; "
             "expected one at the path of every neuron. Pass conversion.prepared.model as teacher, the ANN in that form."
         )
-    return {path: known[path] for path in neurons_of(network)}
+    return {path: known[path] for path in wanted}
 
 
 @contextmanager
@@ -63,7 +53,7 @@ def mean_over_time(features: Features, batch: int) -> Features:
     """Return features [T·N, *F], or [N, *F], as means over T, in float32 where they were 16 bits wide."""
     found = {}
     for path, value in features.items():
-        wide = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+        wide = widened(value)
         found[path] = wide if len(wide) == batch else wide.unflatten(0, (-1, batch)).mean(0)
     return found
 

@@ -66,12 +66,21 @@ def neuron_values(network: nn.Module) -> NeuronValues:
     >>> sorted(neuron_values(load("zoo:digits-cnn-t4"))["stem.2"])
     ['lambda_d', 'lambda_s', 'mu_d', 'mu_s', 'v_init', 'v_threshold']
     """
-    network = network.ann if isinstance(network, MeanOverFrames) else network
     return {
-        bare_path(path): _site_values(module) if isinstance(module, SpikingSite) else _qcfs_values(module)
-        for path, module in network.named_modules()
-        if isinstance(module, (SpikingSite, QCFS))
+        path: _site_values(module) if isinstance(module, SpikingSite) else _qcfs_values(module)
+        for path, module in neurons_of(network).items()
     }
+
+
+def neurons_of(network: nn.Module) -> dict[str, SpikingSite | QCFS]:
+    """Return the sites of a spiking network, or the QCFS activations of an ANN, by path without wrappers' names."""
+    return {path: module for path, module in bare_modules(network).items() if isinstance(module, (SpikingSite, QCFS))}
+
+
+def bare_modules(network: nn.Module) -> dict[str, nn.Module]:
+    """Return all modules of a network by path without wrappers' names."""
+    inner = "ann." if any(isinstance(module, MeanOverFrames) for module in network.modules()) else ""
+    return {bare_path(path).removeprefix(inner): module for path, module in network.named_modules()}
 
 
 def bare_path(path: str) -> str:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..arguments import split_batch
 from ..calibrate import FROM_QCFS, MinError, calibrate
 from ..convert import Conversion, EventFrames, Recipe, assemble
 from ..qcfs import QCFS
 from ..records import Calibration, Prepared
-from .batches import MeanOverFrames, parts
+from ..structures import input_count
+from .batches import MeanOverFrames
 
 
 def calibrated(prepared: Prepared, recipe: Recipe, data: Iterable[Any]) -> Calibration:
@@ -26,7 +28,8 @@ def calibrated(prepared: Prepared, recipe: Recipe, data: Iterable[Any]) -> Calib
         data: batches, normalised as the ANN expects.
     """
     if isinstance(recipe.encoding, EventFrames):
-        data = [tuple(x.flatten(0, 1) for x in parts("finetune: train", batch, prepared.model)[0]) for batch in data]
+        count = input_count(prepared.model)
+        data = [tuple(x.flatten(0, 1) for x in split_batch("finetune: train", batch, count)[0]) for batch in data]
     return calibrate(prepared, MinError(), recipe.timesteps, data)
 
 

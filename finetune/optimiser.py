@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +93,3 @@ class Average:
 def copied(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of all tensors of a network."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def plain_names(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the entries under a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

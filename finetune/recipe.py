@@ -58,10 +58,14 @@ class TrainingRecipe:
             raise ArgumentError(f"batch_size is {self.batch_size!r}; expected a whole number of at least 1.")
 
     @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """Return the schedules of all stages, in order."""
+        return (self.strategy.qcfs, self.schedule) if isinstance(self.strategy, Hybrid) else (self.schedule,)
+
+    @property
     def epochs(self) -> int:
         """Return the epochs of all stages."""
-        first = self.strategy.qcfs.epochs if isinstance(self.strategy, Hybrid) else 0
-        return first + self.schedule.epochs
+        return sum(schedule.epochs for schedule in self.schedules)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that :meth:`from_json` reads back."""

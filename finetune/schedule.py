@@ -132,6 +132,11 @@ class Schedule:
         kinds = (LiveBatchNorm, FrozenBatchNorm, SyncedBatchNorm)
         check_kind("batch_norm", self.batch_norm, kinds, "LiveBatchNorm()", "FrozenBatchNorm()")
 
+    @property
+    def distils_features(self) -> bool:
+        """Whether the teacher's activations are distilled too."""
+        return self.distillation is not None and self.distillation.features > 0
+
     def rate(self, step: int, batches: int) -> float:
         """Return the factor on every learning rate for one batch.
 

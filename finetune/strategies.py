@@ -64,15 +64,8 @@ class _AllLearn:
         return ()
 
 
-@dataclass(frozen=True)
-class STBP(_AllLearn):
-    """Spatio-temporal backpropagation: one loss on the mean over all T steps, the gradient through all of them.
-
-    Attributes:
-        neuron: what an ANN is converted to; a network that spikes already keeps its own.
-    """
-
-    neuron: LMH = field(default_factory=LMH)
+class _AllSteps:
+    """The gradient goes through all steps at once."""
 
     @property
     def update(self) -> Update:
@@ -82,6 +75,17 @@ class STBP(_AllLearn):
     def slice_steps(self, timesteps: int) -> int:
         """Return T."""
         return timesteps
+
+
+@dataclass(frozen=True)
+class STBP(_AllSteps, _AllLearn):
+    """Spatio-temporal backpropagation: one loss on the mean over all T steps, the gradient through all of them.
+
+    Attributes:
+        neuron: what an ANN is converted to; a network that spikes already keeps its own.
+    """
+
+    neuron: LMH = field(default_factory=LMH)
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ def _lif_start() -> LMH:
 
 
 @dataclass(frozen=True)
-class Progressive:
+class Progressive(_AllSteps):
     """Progressive STBP: neurons start as LIF, and their membrane parameters are freed while the network trains.
 
     The start and the order, from LIF to LM-H, are the paper's (Hao et al., ICLR 2024, Figure 3); when λ and μ are freed
@@ -192,15 +196,6 @@ class Progressive:
     def per_step(cls, leak: float = 0.5) -> Progressive:
         """Return the strategy with λ, μ and θ of their own for every step."""
         return cls(LMH(LIF(leak), PerStep()))
-
-    @property
-    def update(self) -> Update:
-        """There is one slice, so both mean the same."""
-        return OncePerBatch()
-
-    def slice_steps(self, timesteps: int) -> int:
-        """Return T."""
-        return timesteps
 
     def frozen(self, progress: float) -> tuple[str, ...]:
         """Return λ and μ, as long as they are frozen.

@@ -16,7 +16,7 @@ from ..errors import ArgumentError, TrainingError
 from ..records import plain_value
 from ..structures import only_tensor
 from .batch_norm import check_batch_norm, set_modes, synchronised
-from .batches import EpochBatches, Feed, Inputs, MeanOverFrames, check_training_data, samples, split, takes_events
+from .batches import EpochBatches, Feed, Inputs, MeanOverFrames, check_training_data, split, takes_events
 from .checkpoint import Checkpoint, Keeper, Training, start_of
 from .diagnosis import broken_tensor, origin
 from .distributed import ALONE, Group
@@ -132,6 +132,8 @@ def fit_stage(
     check_batch_norm(schedule.batch_norm, device)
     group = Group.current()
     feed = Feed.of(train, schedule.seed, model, group)
+    if teacher is not None and takes_events(model) and not takes_events(teacher):
+        teacher = MeanOverFrames(teacher)
     task = Task(stage, model, feed, val, schedule, strategy, teacher)
     with (
         own_random_state(device),
@@ -227,7 +229,7 @@ def _epoch(task: Task, training: Training, stepper: Stepper, reporter: Reporter,
         set_rate(training.optimizer, schedule.rate(step, reporter.batches))
         if group.world > 1:  # each process has its own dropout, and a resumed one needs no state of it
             torch.manual_seed(seed_of(schedule.seed, "rank", group.rank, step))
-        own = samples(model, inputs)
+        own = inputs[0].shape[task.feed.axis]
         [count] = map(round, group.sums([own], inputs[0].device))
         work = replace(_work(task, inputs, y, seed_of(schedule.seed, "mixing", step)), weight=own * group.world / count)
         try:
@@ -276,17 +278,15 @@ def _diverged(epoch: int, batch: int, what: str) -> TrainingError:
 
 def _work(task: Task, inputs: Inputs, y: Tensor | None, seed: int) -> Work:
     """Mix a batch and show it to the teacher."""
-    events = takes_events(task.model)
-    inputs, labels = mixed(inputs, y, task.schedule.mixing, seed, task.feed.axis)
-    if task.teacher is None or task.schedule.distillation is None:
+    schedule, axis = task.schedule, task.feed.axis
+    inputs, labels = mixed(inputs, y, schedule.mixing, seed, axis)
+    if task.teacher is None or schedule.distillation is None:
         return Work(inputs, labels, None)
-    teacher = task.teacher if not events or takes_events(task.teacher) else MeanOverFrames(task.teacher)
-    precision = task.schedule.precision
-    wanted = task.schedule.distillation.features > 0
-    sources = counterparts(task.model, teacher) if wanted else {}
+    wanted, precision = schedule.distils_features, schedule.precision
+    sources = counterparts(task.model, task.teacher) if wanted else {}
     with torch.no_grad(), precision.autocast(inputs[0].device), noted(sources) as features:
-        outputs = teacher(*(stored_input(x, precision) for x in inputs))
-    found = mean_over_time(features, samples(task.model, inputs)) if wanted else None
+        outputs = task.teacher(*(stored_input(x, precision) for x in inputs))
+    found = mean_over_time(features, inputs[0].shape[axis]) if wanted else None
     return Work(inputs, labels, widened(only_tensor(outputs, "finetune")), found)
 
 

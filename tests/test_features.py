@@ -16,8 +16,10 @@ from lmh.calibrate import Max
 from lmh.convert import EventFrames, convert
 from lmh.errors import ArgumentError
 from lmh.finetune import STBP, BFloat16, Distillation, Hybrid, Schedule, TimeSliced, finetune
-from lmh.finetune.features import counterparts, distance, mean_over_time, neurons_of, noted
+from lmh.finetune.features import counterparts, distance, mean_over_time, noted
+from lmh.finetune.history import neurons_of
 from lmh.finetune.optimiser import optimiser
+from lmh.finetune.recipe import TrainingRecipe
 from lmh.finetune.steps import Stepper, Work
 
 
@@ -107,3 +109,25 @@ def test_a_teacher_without_the_layers_is_refused() -> None:
         finetune(snn, [(x, torch.zeros(8, dtype=torch.long))], schedule=schedule, teacher=ann)
     with pytest.raises(ArgumentError, match="features is -1; expected a weight of at least 0"):
         Distillation(features=-1)
+
+
+def test_a_child_named_ann_keeps_its_name() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ann = nets.two_layers()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.ann(x)
+
+    snn = convert(Holder(), 4, data=torch.rand(8, 4)).snn
+    assert list(neurons_of(snn)) == list(sites(snn))
+    assert all(path.startswith("ann.") for path in neurons_of(snn))
+
+
+def test_a_recipe_of_hybrid_training_has_the_schedules_of_both_stages() -> None:
+    first, last = Schedule(epochs=2, distillation=Distillation(features=0.5)), Schedule(epochs=3)
+    recipe = TrainingRecipe(Hybrid(first), last, 32)
+    assert (recipe.schedules, recipe.epochs) == ((first, last), 5)
+    assert [schedule.distils_features for schedule in recipe.schedules] == [True, False]
+    assert TrainingRecipe(STBP(), last, 32).schedules == (last,)

@@ -1,8 +1,8 @@
 """The zoo: architectures, data sets and trained weights."""
 
-from .augmentation import AutoAugment, Cutout, ForCIFAR10, ForImageNet, ForSVHN, InTurn
+from .augmentation import AutoAugment, CropFlip, Cutout, ForCIFAR10, ForImageNet, ForSVHN, InTurn
 from .data import DataSet, load_data
-from .images import Batches, CropFlip, Preprocessing, seeded_order
+from .images import Batches, Preprocessing, seeded_order
 from .registry import Card, card, list_architectures, list_models, load, record, snn_path
 
 __all__ = [

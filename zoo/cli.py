@@ -100,8 +100,8 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 def train(settings: dict[str, Any], out: Path, terminal: Terminal) -> tuple[Path, float]:
     """Train an ANN, write its weights with their record, and return the file and its accuracy."""
-    from ..finetune.losses import CrossEntropy
-    from ..finetune.trainer import Schedule, accuracy, fit
+    from ..finetune import CrossEntropy, Schedule, fit
+    from ..finetune.trainer import accuracy
 
     found = card(settings["architecture"])
     data = load_data(settings["data"], input_size=found.preprocessing.input_size)

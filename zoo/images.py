@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError, DataError
-from .augmentation import Augmentation, CropFlip, chosen_rows
-
-__all__ = ["Batches", "CropFlip", "Preprocessing", "Split", "seeded_order"]
+from .augmentation import Augmentation, InTurn, chosen_rows
 
 
 @dataclass(frozen=True)
@@ -132,14 +130,13 @@ class Batches:
         if self.shuffle_seed is not None:
             generator.manual_seed((self.shuffle_seed * 1_000_003 + self.epoch) % 2**63)
             order = order[torch.randperm(len(order), generator=generator)]
+        augmentation = InTurn(()) if self.augmentation is None else self.augmentation
         mine = slice(self.rank, None, self.world)
         for index, chosen in enumerate(order.split(self.batch_size)):
-            drawn = None if self.augmentation is None else self.augmentation.draw(len(chosen), generator)
+            drawn = augmentation.draw(len(chosen), generator)
             if index < self.start or len(chosen) < self.world:
                 continue
-            images = self.split.images(chosen[mine])
-            if self.augmentation is not None and drawn is not None:
-                images = self.augmentation.apply(images, chosen_rows(drawn, mine))
+            images = augmentation.apply(self.split.images(chosen[mine]), chosen_rows(drawn, mine))
             x = self.preprocessing(images)
             yield x if self.split.labels is None else (x, self.split.labels[chosen[mine]])
 

@@ -15,10 +15,11 @@ from torch import nn
 
 from ..errors import ArgumentError
 from ..torchvision_shim import torchvision
+from .augmentation import CropFlip
 from .cifar_resnet import DEPTHS, CifarResNet
 from .cifar_vgg import CifarVGG11
 from .digits_cnn import DigitsCNN
-from .images import CropFlip, Preprocessing
+from .images import Preprocessing
 
 IMAGENET = Preprocessing((3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
