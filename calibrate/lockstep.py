@@ -18,7 +18,7 @@ from ..errors import ArgumentError, CalibrationError
 from ..records import Prepared
 from ..spiking import sites
 from ..structures import input_count
-from ..time_axis import FoldEvents, time_axis
+from ..time_axis import takes_events, time_axis
 from .blocks import of_the_input
 
 BATCH = 128
@@ -138,11 +138,6 @@ def _value(interpreter: fx.Interpreter, node: fx.Node, found: dict[fx.Node, Any]
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _value(interpreter, source, found))
         found[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
     return found[node]
-
-
-def takes_events(snn: fx.GraphModule) -> bool:
-    """Whether a spiking network takes frames over time, [T, N, *F]."""
-    return any(isinstance(module, FoldEvents) for module in snn.modules())
 
 
 def input_batches(snn: fx.GraphModule, data: Iterable[Any] | Tensor, where: str = "data") -> list[tuple[Tensor, ...]]:

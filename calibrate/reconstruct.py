@@ -25,9 +25,8 @@ from ..errors import ArgumentError, CalibrationError
 from ..records import Prepared
 from ..spiking import COEFFICIENTS, SpikingSite
 from ..structures import input_count
-from ..time_axis import time_axis
+from ..time_axis import takes_events, time_axis
 from .blocks import Block, blocks, cut
-from .lockstep import takes_events
 
 
 @dataclass(frozen=True)

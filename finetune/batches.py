@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..arguments import check_batches, check_labels, refuse, split_batch
 from ..errors import TrainingError
 from ..structures import input_count, only_tensor
-from ..time_axis import FoldEvents
+from ..time_axis import takes_events
 from .distributed import ALONE, Group, Shardable
 from .randomness import drawn, seed_of
 
@@ -137,14 +137,14 @@ def check_training_data(train: object, val: object) -> None:
             raise refuse(where, data, "batches that can be read once for each epoch", "Pass list(…) or a DataLoader.")
 
 
-def takes_events(model: nn.Module) -> bool:
-    """Whether the network takes frames [T, N, *F]."""
-    return any(isinstance(module, (FoldEvents, MeanOverFrames)) for module in model.modules())
+def takes_frames(model: nn.Module) -> bool:
+    """Whether a network, spiking or an ANN in :class:`MeanOverFrames`, takes frames [T, N, *F]."""
+    return takes_events(model) or any(isinstance(module, MeanOverFrames) for module in model.modules())
 
 
 def batch_axis(model: nn.Module) -> int:
     """Return where N is in a network's inputs."""
-    return int(takes_events(model))
+    return int(takes_frames(model))
 
 
 def split(where: str, batch: Any, model: nn.Module) -> tuple[Inputs, Tensor | None]:

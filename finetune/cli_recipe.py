@@ -141,7 +141,8 @@ class Wishes:
             "leak": ("progressive",), "membrane": ("progressive",),
         }  # fmt: skip
         for name, strategies in needs.items():
-            if getattr(self, name) and self.strategy not in strategies:
+            value = getattr(self, name)
+            if value is not None and value is not False and self.strategy not in strategies:
                 raise click.UsageError(f"{_flag(name)} goes with --strategy {strategies[0]}. Add it, or leave it out.")
         if self.strategy == "time-sliced" and self.slice_steps is None:
             raise click.UsageError("--strategy time-sliced needs --slice K, a divisor of T.")

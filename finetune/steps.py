@@ -12,7 +12,7 @@ from ..errors import TrainingError
 from ..spiking import SpikingSite
 from ..structures import only_tensor
 from ..time_axis import Readout, TimeAxis, Timed, call, carry_state
-from .batches import Inputs, batch_axis, takes_events
+from .batches import Inputs, batch_axis, takes_frames
 from .features import Features, distance, mean_over_time, neurons_of, noted
 from .losses import combined
 from .mixing import MixedLabels
@@ -59,7 +59,7 @@ class Stepper:
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.time = time_of(model)
-        self.events = takes_events(model)
+        self.events = takes_frames(model)
         self.device = next(model.parameters()).device
         self.steps = strategy.slice_steps(self.time.timesteps) if self.time else 0
         self.strategy = strategy

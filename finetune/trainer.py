@@ -16,7 +16,7 @@ from ..errors import ArgumentError, TrainingError
 from ..records import plain_value
 from ..structures import only_tensor
 from .batch_norm import check_batch_norm, set_modes, synchronised
-from .batches import EpochBatches, Feed, Inputs, MeanOverFrames, check_training_data, split, takes_events
+from .batches import EpochBatches, Feed, Inputs, MeanOverFrames, check_training_data, split, takes_frames
 from .checkpoint import Checkpoint, Keeper, Training, start_of
 from .diagnosis import broken_tensor, origin
 from .distributed import ALONE, Group
@@ -132,7 +132,7 @@ def fit_stage(
     check_batch_norm(schedule.batch_norm, device)
     group = Group.current()
     feed = Feed.of(train, schedule.seed, model, group)
-    if teacher is not None and takes_events(model) and not takes_events(teacher):
+    if teacher is not None and takes_frames(model) and not takes_frames(teacher):
         teacher = MeanOverFrames(teacher)
     task = Task(stage, model, feed, val, schedule, strategy, teacher)
     with (

@@ -18,7 +18,7 @@ from .ops import kind_of, label, module_of, signal_input
 from .records import Evaluation, LayerWork
 from .spiking import SpikingSite
 from .structures import input_count, only_tensor
-from .time_axis import FoldEvents, Readout, Timed, call, time_axis
+from .time_axis import Readout, Timed, call, takes_events, time_axis
 
 
 def evaluate(
@@ -57,7 +57,7 @@ def evaluate(
     time = time_axis(snn)
     if not isinstance(snn, fx.GraphModule):
         raise ArgumentError(f"evaluate: got {type(snn).__name__}; expected the fx.GraphModule that convert returned.")
-    events = any(isinstance(module, FoldEvents) for module in snn.modules())
+    events = takes_events(snn)
     if ann is not None:
         check_network("evaluate: ann", ann)
     inputs = input_count(snn)

@@ -180,6 +180,15 @@ class LeaveConstant(Border):
         return x if self.time.readout is Readout.MEAN else x.expand(self.time.steps, *x.shape)
 
 
+def takes_events(snn: nn.Module) -> bool:
+    """Whether the network was converted with ``EventFrames()`` and takes frames over time, [T, N, *F].
+
+    >>> takes_events(nn.Sequential(FoldEvents(TimeAxis(4)))), takes_events(nn.Linear(2, 2))
+    (True, False)
+    """
+    return any(isinstance(module, FoldEvents) for module in snn.modules())
+
+
 def time_axis(snn: nn.Module) -> TimeAxis:
     """Return the time axis of a converted network, wrapped or not (DDP, torch.compile).
 

@@ -312,6 +312,7 @@ class TestResuming:
         (1, (*ANN, *FAST, "--strategy", "time-sliced", "--slice", 3), ["do not divide T = 2", "expected one of 1, 2"]),
         (2, (*ANN, *FAST, "--strategy", "hybrid", "--accumulate"), ["--accumulate goes with --slice"]),
         (2, (*ANN, *FAST, "--leak", 0.5), ["--leak goes with --strategy progressive"]),
+        (2, (*ANN, *FAST, "--strategy", "stbp", "--qcfs-warmup", 0), ["--qcfs-warmup goes with --strategy hybrid"]),
         (2, (*ANN, *FAST, "--strategy", "hybrid", "--epochs", 3, "--qcfs-epochs", 3), ["leaves nothing of --epochs 3"]),
         (2, ("zoo:digits-cnn-t4", *FAST, "--strategy", "progressive", "--leak", 0.4), ["--leak is for an ANN"]),
         (2, (*ANN, *FAST, "--no-teacher", "--distill", 0.5), ["--no-teacher came with --distill"]),

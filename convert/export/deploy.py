@@ -17,7 +17,7 @@ from ...ops import module_of
 from ...shapes import node_values
 from ...spiking import COEFFICIENTS, PerStep, SpikingSite, sites
 from ...structures import SampleShape, Shape, as_sample_shape, batched, each_shape
-from ...time_axis import FoldEvents, Readout, TimeAxis, Timed, call, time_axis
+from ...time_axis import Readout, TimeAxis, Timed, call, takes_events, time_axis
 from ..paths import unique_path
 from ..pipeline import Conversion
 from ..storage import MANIFEST
@@ -40,11 +40,6 @@ def network_of(network: Conversion | fx.GraphModule) -> fx.GraphModule:
     if any(tensor.device.type == "meta" for tensor in (*snn.parameters(), *snn.buffers())):
         raise ArgumentError("export: the network is on the meta device and has no values. Load its weights first.")
     return snn
-
-
-def takes_events(snn: nn.Module) -> bool:
-    """Whether the network was converted with ``EventFrames()`` and takes [T, N, *F]."""
-    return any(isinstance(module, FoldEvents) for module in snn.modules())
 
 
 def sample_shape_of(network: Conversion | fx.GraphModule, input_shape: Sequence[Any] | None) -> SampleShape | None:
