@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ..arguments import check_kind
 from ..errors import ArgumentError
-from ..records import Calibration, Prepared
+from ..records import Calibration, Prepared, short_text
 from ..spiking import sites
 from ..time_axis import time_axis
 from .corrections import Correction
@@ -88,7 +88,7 @@ def correct(
                 if node.target in neurons:
                     correction.charge(lockstep, node)
     before = "thresholds of the network" if calibration is None else calibration.policy
-    return changes(snn, prepared, " + ".join([before, *map(str, wanted)]), sum(lockstep.sizes))
+    return changes(snn, prepared, " + ".join([before, *map(short_text, wanted)]), sum(lockstep.sizes))
 
 
 def own_copy(snn: fx.GraphModule) -> fx.GraphModule:

@@ -10,7 +10,6 @@ import click
 from ..calibrate import (
     BatchNormReestimation,
     BiasCorrection,
-    BlockResult,
     Correction,
     InitialPotential,
     KLDivergence,
@@ -18,18 +17,15 @@ from ..calibrate import (
     Max,
     Percentile,
     Policy,
-    Reconstruction,
     SpikingMinError,
     WeightRegression,
     automatic,
-    blocks,
     diagnose,
 )
 from ..errors import ArgumentError
 from ..terminal import Terminal
 from ..zoo.images import Batches
 from .pipeline import Conversion
-from .refine import refine
 
 DIAGNOSIS_SAMPLES = 128
 POLICIES: dict[str, Policy] = {
@@ -76,7 +72,8 @@ class PolicyType(click.ParamType):
 _CALIBRATION_OPTIONS = (
     click.option(
         "--calibration", type=PolicyType(), default="auto", show_default=True, metavar="POLICY",
-        help=f"{POLICY_NAMES}. auto: minerror with data, batchnorm without.",
+        help=f"{POLICY_NAMES}. auto: batchnorm without data; with data minerror, then what --correct weights and "
+        "thresholds do, if the outputs on held-out calibration samples come nearer to the ANN's by it.",
     ),
     click.option(
         "--calibration-samples", type=click.IntRange(min=1), default=512, show_default=True,
@@ -92,6 +89,16 @@ _CALIBRATION_OPTIONS = (
         help="Then fit neurons and weights block by block, by this many steps of gradient descent each; no labels.",
     ),
     click.option(
+        "--distill", type=click.IntRange(min=0), default=0, metavar="EPOCHS",
+        help="Train the whole network to give the ANN's outputs, on the calibration samples without labels: 3 epochs "
+        "of a quantised network for each of these, corrections towards it (weights and thresholds unless named), then "
+        "these through the spikes.",
+    ),
+    click.option(
+        "--budget", type=click.FloatRange(min=0, min_open=True), metavar="MINUTES",
+        help="Let auto do what it finds useful in about this time, distillation included.",
+    ),
+    click.option(
         "--diagnose", is_flag=True,
         help="Split the error of every site into what it inherits, clips, rounds and mistimes.",
     ),
@@ -103,31 +110,6 @@ def calibration_options(command: Any) -> Any:
     for option in reversed(_CALIBRATION_OPTIONS):
         command = option(command)
     return command
-
-
-def refined(
-    conversion: Conversion,
-    batches: Batches,
-    corrections: tuple[Correction, ...],
-    steps: int,
-    seed: int,
-    terminal: Terminal,
-) -> Conversion:
-    """Correct and reconstruct on the calibration samples, as far as that was asked for."""
-    if corrections:
-        with terminal.stage("correcting layer by layer", None):
-            conversion = refine(conversion, batches, corrections=corrections)
-    if steps:
-        with terminal.stage("reconstructing", len(blocks(conversion.prepared))) as advance:
-
-            def on_block(result: BlockResult) -> None:
-                advance(1, "")
-                change = f"error {result.before:.4f} to {result.after:.4f}"
-                terminal.notice(f"block up to {result.block.sites[-1]}: {change}")
-
-            settings = Reconstruction(steps=steps, seed=seed)
-            conversion = refine(conversion, batches, reconstruction=settings, on_block=on_block)
-    return conversion
 
 
 def diagnosed(conversion: Conversion, batches: Batches, terminal: Terminal) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from ..artifact import is_there, user_path
-from ..calibrate import Correction, Policy
+from ..calibrate import Policy
 from ..cli import command_line, run
 from ..errors import ArgumentError, ArtifactError, DataError, LMHError
 from ..evaluation import evaluate
@@ -26,9 +26,10 @@ from ..results import describe_network
 from ..terminal import Terminal, print_fates, print_result
 from ..time_axis import MAX_TIMESTEPS
 from ..zoo.images import Batches
-from .calibration_cli import CORRECTIONS, calibration_options, diagnosed, refined
+from .calibration_cli import calibration_options, diagnosed
 from .cli_inputs import SEED, Amounts, Inputs, NumbersType, ReadoutType, open_inputs, source_options
 from .export_cli import FORMATS, FORMATS_HELP, export_as, export_files
+from .label_free_cli import Images, LabelFreeWork
 from .loading import Source, load_source
 from .maxpool import MAXPOOLS, MaxPool
 from .normalisation import NORMALISATIONS, Normalisation
@@ -54,8 +55,7 @@ class Job:
     data: str | None
     arch: str | None
     calibration: Policy | None
-    corrections: tuple[Correction, ...]
-    reconstruct: int
+    without_labels: LabelFreeWork
     diagnose: bool
     amounts: Amounts
     input_size: tuple[int, ...] | None
@@ -127,7 +127,6 @@ def convert_command(
     source: str,
     timesteps: int,
     calibration_samples: int,
-    corrections: tuple[str, ...],
     train_samples: int | None,
     test_samples: int | None,
     device: str,
@@ -153,7 +152,7 @@ def convert_command(
     job = Job(
         source=source,
         timesteps=timesteps,
-        corrections=tuple(CORRECTIONS[name] for name in corrections),
+        without_labels=LabelFreeWork.of(options, seed),
         amounts=Amounts(calibration_samples, train_samples, test_samples, seed),
         device=device_of(device),
         output=output or default_output(source, timesteps),
@@ -164,8 +163,7 @@ def convert_command(
     )
     if job.data is None:
         for option, wanted in {
-            "--correct": job.corrections,
-            "--reconstruct": job.reconstruct,
+            **job.without_labels.needing_data,
             "--diagnose": job.diagnose,
             "--finetune": job.epochs,
         }.items():
@@ -209,10 +207,9 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
     source, inputs = _open(job, terminal)
     source.model.to(job.device)
     conversion = _convert(job, source, inputs, terminal)
-    if inputs.calibration is not None:
-        conversion = refined(
-            conversion, inputs.calibration, job.corrections, job.reconstruct, job.amounts.seed, terminal
-        )
+    if inputs.calibration is not None and inputs.train is not None:
+        images = Images.of(inputs.calibration, inputs.train, job.timesteps)
+        conversion = job.without_labels.run(conversion, images, terminal)
     for notice in conversion.report.notices:
         terminal.notice(notice)
     before = measured(conversion.snn, inputs.test, source.model, terminal, "measuring")

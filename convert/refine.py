@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arguments import check_batches, check_kind, split_batch
 from ..calibrate import BlockResult, Correction, Reconstruction, changes, correct, reconstruct
 from ..calibrate.correct import own_copy
-from ..records import Calibration
+from ..records import Calibration, short_text
 from .pipeline import Conversion, assemble
 
 
@@ -61,17 +61,22 @@ def refine(
     done = conversion
     if corrections:
         found = correct(done.snn, done.prepared, data, corrections, calibration=done.calibration)
-        done = _assembled(done, found)
+        done = replayed(done, found)
     if reconstruction is not None:
         start = own_copy(done.snn)
         reconstruct(start, done.prepared, data, reconstruction, on_block=on_block)
-        text = f"{done.calibration.policy} + {reconstruction}"
-        done = _assembled(done, changes(start, done.prepared, text, _count(data)))
+        text = f"{done.calibration.policy} + {short_text(reconstruction)}"
+        done = replayed(done, changes(start, done.prepared, text, _count(data)))
     return done
 
 
-def _assembled(conversion: Conversion, calibration: Calibration) -> Conversion:
-    """Return the conversion with the network that a calibration makes; what was said about the graph stays said."""
+def replayed(conversion: Conversion, calibration: Calibration) -> Conversion:
+    """Return a conversion with the network that another calibration makes; what was said about its graph stays said.
+
+    Args:
+        conversion: not changed.
+        calibration: of the same ANN and neurons, such as :func:`lmh.calibrate.changes` returns.
+    """
     made = assemble(conversion.prepared, calibration, conversion.recipe)
     report = replace(conversion.report, calibration=made.report.calibration)
     return replace(made, report=report)

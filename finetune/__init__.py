@@ -3,12 +3,14 @@
 snn = convert(ann, timesteps=4, data=train).snn
 finetune(snn, train, val, epochs=5)                                  STBP through all steps, in place
 tuned = finetune(ann, train, val, timesteps=4, strategy=Hybrid())    a QCFS stage first; tuned.snn
+conversion = distill(conversion, images)                             by the ANN's outputs, without labels
 """
 
 from .api import Finetuned, finetune
 from .batch_norm import FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
 from .checkpoint import Checkpoint
 from .history import EpochResult, Stage
+from .label_free import LabelFree, distill, seconds_per_epoch
 from .log import JSONLines, Progress, TensorBoard
 from .losses import TET, CrossEntropy, Distillation
 from .mixing import CutMix, Mixup
@@ -36,6 +38,7 @@ __all__ = [
     "FrozenBatchNorm",
     "Hybrid",
     "JSONLines",
+    "LabelFree",
     "LiveBatchNorm",
     "Mixup",
     "OncePerBatch",
@@ -46,6 +49,8 @@ __all__ = [
     "SyncedBatchNorm",
     "TensorBoard",
     "TimeSliced",
+    "distill",
     "finetune",
     "fit",
+    "seconds_per_epoch",
 ]

@@ -78,11 +78,27 @@ def taken_over(network: fx.GraphModule, conversion: Conversion) -> Conversion:
     weights = {name: value for name, value in network.state_dict().items() if not name.startswith(activations)}
     model.load_state_dict(weights, strict=False)
     prepared = replace(conversion.prepared, model=model)
-    thresholds = {path: _qcfs(network, path).v_threshold.detach().clone() for path in prepared.spiking}
+    return assemble(prepared, _calibration_of(network, conversion), conversion.recipe)
+
+
+def spiking_qcfs(network: fx.GraphModule, conversion: Conversion) -> Conversion:
+    """Return the spiking network of a trained QCFS network beside that network itself, for corrections towards it.
+
+    Args:
+        network: from :func:`qcfs_network`, trained.
+        conversion: of the ANN that it was made from.
+    """
+    prepared = replace(conversion.prepared, model=network)
+    return assemble(prepared, _calibration_of(network, conversion), conversion.recipe)
+
+
+def _calibration_of(network: fx.GraphModule, conversion: Conversion) -> Calibration:
+    """Return the θ of a trained QCFS network, from the IF start."""
+    paths = conversion.prepared.spiking
+    thresholds = {path: _qcfs(network, path).v_threshold.detach().clone() for path in paths}
     halves = {path: torch.full_like(theta, 0.5) for path, theta in thresholds.items()}
     found = conversion.calibration
-    calibration = Calibration(FROM_QCFS, found.timesteps, found.samples, thresholds, halves)
-    return assemble(prepared, calibration, conversion.recipe)
+    return Calibration(FROM_QCFS, found.timesteps, found.samples, thresholds, halves)
 
 
 def _qcfs(network: fx.GraphModule, path: str) -> QCFS:

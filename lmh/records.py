@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -222,6 +222,21 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain_value(item) for item in value]
     return value
+
+
+def short_text(value: Any) -> str:
+    """Return a frozen configuration as the call that makes it: the fields that are not as they are by default.
+
+    >>> from lmh.calibrate import WeightRegression
+    >>> short_text(WeightRegression()), short_text(WeightRegression(ridge=0.1))
+    ('WeightRegression()', 'WeightRegression(ridge=0.1)')
+    """
+    given = []
+    for item in fields(value):
+        usual = item.default if item.default_factory is MISSING else item.default_factory()
+        if (own := getattr(value, item.name)) != usual:
+            given.append(f"{item.name}={own!r}")
+    return f"{type(value).__name__}({', '.join(given)})"
 
 
 def frozen_value(plain: Any, types: Mapping[str, type]) -> Any:

@@ -176,7 +176,6 @@ def test_another_seed_takes_other_samples(tuned: Job) -> None:
         ("percentile", "Percentile(percent=99.9, per channel), 64 samples"),
         ("percentile:99", "Percentile(percent=99, per channel), 64 samples"),
         ("minerror", "MinError(levels_per_step=0.5, base_levels=2, per channel), 64 samples"),
-        ("auto", "MinError(levels_per_step=0.5, base_levels=2, per channel), 64 samples"),
         ("batchnorm", "BatchNormStatistics(levels_per_step=0.5, base_levels=2, per channel), 0 samples"),
     ],
 )
@@ -220,11 +219,10 @@ def test_the_manifest_says_how_the_file_came_about(tuned: Job) -> None:
     assert manifest["source"]["architecture"] == "digits-cnn"
     assert manifest["metrics"] == {key: result[key] for key in (*FIGURES, "training_free", "stages")}
     assert (manifest["seed"], manifest["epochs"], manifest["data"]) == (0, 2, "digits")
-    assert manifest["calibration"] == {
-        "policy": "MinError(levels_per_step=0.5, base_levels=2, per channel)",
-        "timesteps": STEPS,
-        "samples": 64,
-    }
+    policy, samples = manifest["calibration"]["policy"], manifest["calibration"]["samples"]
+    assert result["calibration"] == f"{policy}, {samples} samples"
+    assert policy.startswith("MinError(levels_per_step=0.5, base_levels=2, per channel)")
+    assert manifest["calibration"]["timesteps"] == STEPS
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["sites"] == SITES
 

@@ -90,7 +90,7 @@ class TestCorrect:
         assert all(torch.equal(value, before[name]) for name, value in conversion.snn.state_dict().items())
         assert all(torch.equal(value, source[name]) for name, value in ann.state_dict().items())
         assert first.timesteps == timesteps
-        assert first.policy.startswith(conversion.calibration.policy + " + WeightRegression(ridge=0.01")
+        assert first.policy.startswith(conversion.calibration.policy + " + WeightRegression()")
         replayed = convert(ann, timesteps, data=x, **{**options, "calibration": first}).snn
         read = Calibration.from_json(json.loads(json.dumps(first.to_json())))
         reread = assemble(conversion.prepared, read, conversion.recipe).snn
