@@ -7,8 +7,9 @@
     python benchmarks/calibration_cifar10.py --quick
 
 T is the number of all steps that run, also where a delayed readout does not read the first of them. Reconstruction
-draws the order of its samples; with --seeds n its figure is the mean of n runs, and half the spread (largest less
-smallest) is printed beside it. Everything else gives the same each time.
+and distillation draw the order of their samples; with --seeds n their figure is the mean of n runs, and half the spread
+(largest less smallest) is printed beside it. Everything else gives the same each time. Distillation takes 1,600 batches
+of 64 images through the quantised network and 480 through the spikes, however many images there are.
 
 Without --ann and --data both are looked for in the folder LMH_TEST_DATA (packs of lossless WebP images, and
 ``cifar10-resnet20-idelbayev.th``); with --quick and neither, the zoo's digits network takes their place. Every figure
@@ -31,6 +32,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 import click
@@ -41,6 +43,7 @@ from torch import Tensor, nn
 
 import lmh.calibrate
 import lmh.convert
+import lmh.finetune
 from lmh import LMH, DelayedReadout, PerChannel, __version__
 from lmh.artifact import write_atomically
 from lmh.calibrate import (
@@ -60,7 +63,8 @@ from lmh.calibrate import (
 from lmh.convert import Conversion, convert, refine
 from lmh.convert.calibration_cli import CORRECTIONS
 from lmh.convert.loading import load_source
-from lmh.zoo import Preprocessing, load_data, seeded_order
+from lmh.finetune import LabelFree, distill
+from lmh.zoo import Batches, Preprocessing, load_data, seeded_order
 from lmh.zoo.images import Split
 
 WEIGHTS = "cifar10-resnet20-idelbayev.th"
@@ -69,10 +73,19 @@ FOLDER = "LMH_TEST_DATA"
 
 @dataclass(frozen=True)
 class Task:
-    """What a method works on: the ANN, unlabelled images as it takes them, [N, C, H, W], T, and a seed."""
+    """What a method works on.
+
+    Attributes:
+        ann: the network.
+        images: unlabelled, as it takes them, [N, C, H, W].
+        augmented: batches of the same images, anew for each epoch.
+        timesteps: T.
+        seed: of what is drawn.
+    """
 
     ann: nn.Module
     images: Tensor
+    augmented: Batches
     timesteps: int
     seed: int = 0
 
@@ -109,6 +122,18 @@ def refined(
     return method
 
 
+def distilled(settings: LabelFree, qcfs_steps: int, steps: int) -> Method:
+    """The quantised network, corrections, then the spikes; steps are batches of the augmented images."""
+
+    def method(task: Task) -> Conversion:
+        first = convert(task.ann, task.timesteps, data=task.images)
+        batches = len(task.augmented)
+        own = replace(settings, epochs=ceil(steps / batches), qcfs_epochs=ceil(qcfs_steps / batches), seed=task.seed)
+        return distill(first, replace(task.augmented, shuffle_seed=task.seed), own, still=task.images)
+
+    return method
+
+
 def named(name: str) -> tuple[Correction, ...]:
     """Return the corrections that ``--correct`` knows by the names in ``weights + thresholds``, say."""
     return tuple(CORRECTIONS[part] for part in name.split(" + "))
@@ -135,10 +160,19 @@ METHODS: dict[str, Method] = {
     "reconstruction, IF": refined(reconstruction=replace(FIT, coefficients=False)),
     "reconstruction of neurons": refined(reconstruction=replace(FIT, weight_lr=0.0)),
     "reconstruction of neurons, IF": refined(reconstruction=replace(FIT, weight_lr=0.0, coefficients=False)),
+    "distilled, quantised alone": distilled(LabelFree(), 1600, 0),
+    "distilled": distilled(LabelFree(), 1600, 480),
     "weights + thresholds + reconstruction": refined(*BEST, reconstruction=FIT),
     "weights + thresholds + reconstruction, IF": refined(*BEST, reconstruction=replace(FIT, coefficients=False)),
 }
+DRAWN = ("reconstruction", "distilled")
+"""What the names of methods that draw anything begin with or hold."""
 QUICK = ("minerror", "weights + thresholds")
+
+
+def draws(name: str) -> bool:
+    """Whether a method gives another network with another seed."""
+    return any(word in name for word in DRAWN)
 
 
 class Pack:
@@ -197,7 +231,7 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor, batch: int) -> 
 def code_digest() -> str:
     """Return the digest of the code that figures depend on."""
     found = hashlib.sha256()
-    folders = [Path(str(module.__file__)).parent for module in (lmh, lmh.calibrate, lmh.convert)]
+    folders = [Path(str(module.__file__)).parent for module in (lmh, lmh.calibrate, lmh.convert, lmh.finetune)]
     for file in sorted(file for folder in folders for file in folder.glob("*.py")):
         found.update(file.read_bytes())
     return found.hexdigest()[:16]
@@ -241,7 +275,7 @@ def table(figures: dict[str, dict[str, float]], steps: Sequence[int]) -> str:
 
 def _figure(kept: Cache, name: str, task: Task, x: Tensor, labels: Tensor, diagnosed: bool) -> dict[str, float]:
     """Return what is kept of a run, or run it."""
-    entry = f"{name}, seed {task.seed}" if "reconstruction" in name else name
+    entry = f"{name}, seed {task.seed}" if draws(name) else name
     figure = kept.get(entry, task.timesteps)
     if figure is None or diagnosed:
         started = time.perf_counter()
@@ -263,7 +297,7 @@ def _figure(kept: Cache, name: str, task: Task, x: Tensor, labels: Tensor, diagn
 @click.option("--calibration-samples", default=1024, show_default=True)
 @click.option("--test-samples", type=int, help="Test images to measure on.  [default: all]")
 @click.option("--seed", default=0, show_default=True, help="Order of training and test images.")
-@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of reconstruction.")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of what draws anything.")
 @click.option("--diagnose", "diagnosed", is_flag=True, help="Print what each site's error is made of.")
 @click.option("--cache", type=click.Path(dir_okay=False, path_type=Path), default="runs/calibration_cifar10.json",
               show_default=True, help="Where figures are kept.")  # fmt: skip
@@ -291,10 +325,12 @@ def main(
     weights, data, train, test = opened(weights, data, quick)
     source = load_source(weights)
     preprocessing: Preprocessing = source.card.preprocessing  # type: ignore[union-attr]
-    seen = train.images(seeded_order(train, seed)[:calibration_samples])
+    chosen = seeded_order(train, seed)[:calibration_samples]
+    seen = train.images(chosen)
     order = seeded_order(test, seed)[:test_samples]
     shown, labels = test.images(order), test.labels[order]  # type: ignore[index]
     ann, images, x = source.model.eval(), preprocessing(seen), preprocessing(shown)
+    augmented = Batches(train, preprocessing, 64, chosen, source.card.augmentation)  # type: ignore[union-attr]
     settings = {
         "weights": Path(weights).name, "data": digest(seen, shown, labels), "seed": seed, "code": code_digest(),
         "calibration_samples": len(seen), "test_samples": len(shown), "lmh": __version__, "torch": torch.__version__,
@@ -310,9 +346,9 @@ def main(
     seconds: dict[str, dict[str, float]] = {name: {} for name in names}
     spread: dict[str, dict[str, float]] = {name: {} for name in names}
     for name in names:
-        runs = range(seed, seed + seeds) if "reconstruction" in name else [seed]
+        runs = range(seed, seed + seeds) if draws(name) else [seed]
         for t in steps:
-            found = [_figure(kept, name, Task(ann, images, t, run), x, labels, diagnosed) for run in runs]
+            found = [_figure(kept, name, Task(ann, images, augmented, t, run), x, labels, diagnosed) for run in runs]
             values = [figure["accuracy"] for figure in found]
             figures[name][str(t)] = sum(values) / len(values)
             seconds[name][str(t)] = found[0]["seconds"]
