@@ -9,7 +9,7 @@
 T is the number of all steps that run, also where a delayed readout does not read the first of them. Reconstruction
 and distillation draw the order of their samples; with --seeds n their figure is the mean of n runs, and half the spread
 (largest less smallest) is printed beside it. Everything else gives the same each time. Distillation takes 1,600 batches
-of 64 images through the quantised network and 480 through the spikes, however many images there are.
+of 64 images through the quantised network and 3,840/T through the spikes, however many images there are.
 
 Without --ann and --data both are looked for in the folder LMH_TEST_DATA (packs of lossless WebP images, and
 ``cifar10-resnet20-idelbayev.th``); with --quick and neither, the zoo's digits network takes their place. Every figure
@@ -63,7 +63,8 @@ from lmh.calibrate import (
 from lmh.convert import Conversion, convert, refine
 from lmh.convert.calibration_cli import CORRECTIONS
 from lmh.convert.loading import load_source
-from lmh.finetune import LabelFree, distill
+from lmh.finetune import BFloat16, Float32, LabelFree, distill
+from lmh.finetune.precision import Precision
 from lmh.zoo import Batches, Preprocessing, load_data, seeded_order
 from lmh.zoo.images import Split
 
@@ -79,6 +80,7 @@ class Task:
         ann: the network.
         images: unlabelled, as it takes them, [N, C, H, W].
         augmented: batches of the same images, anew for each epoch.
+        precision: of distillation.
         timesteps: T.
         seed: of what is drawn.
     """
@@ -86,7 +88,8 @@ class Task:
     ann: nn.Module
     images: Tensor
     augmented: Batches
-    timesteps: int
+    precision: Precision
+    timesteps: int = 4
     seed: int = 0
 
 
@@ -122,13 +125,23 @@ def refined(
     return method
 
 
-def distilled(settings: LabelFree, qcfs_steps: int, steps: int) -> Method:
-    """The quantised network, corrections, then the spikes; steps are batches of the augmented images."""
+def distilled(qcfs_steps: int, passes: int) -> Method:
+    """The quantised network, corrections, then the spikes.
+
+    Args:
+        qcfs_steps: batches of augmented images through the quantised network.
+        passes: batches times T through the spikes, so that the cost is the same at every T.
+    """
 
     def method(task: Task) -> Conversion:
         first = convert(task.ann, task.timesteps, data=task.images)
         batches = len(task.augmented)
-        own = replace(settings, epochs=ceil(steps / batches), qcfs_epochs=ceil(qcfs_steps / batches), seed=task.seed)
+        own = LabelFree(
+            epochs=ceil(passes / task.timesteps / batches),
+            qcfs_epochs=ceil(qcfs_steps / batches),
+            precision=task.precision,
+            seed=task.seed,
+        )
         return distill(first, replace(task.augmented, shuffle_seed=task.seed), own, still=task.images)
 
     return method
@@ -160,8 +173,8 @@ METHODS: dict[str, Method] = {
     "reconstruction, IF": refined(reconstruction=replace(FIT, coefficients=False)),
     "reconstruction of neurons": refined(reconstruction=replace(FIT, weight_lr=0.0)),
     "reconstruction of neurons, IF": refined(reconstruction=replace(FIT, weight_lr=0.0, coefficients=False)),
-    "distilled, quantised alone": distilled(LabelFree(), 1600, 0),
-    "distilled": distilled(LabelFree(), 1600, 480),
+    "distilled, not through the spikes": distilled(1600, 0),
+    "distilled": distilled(1600, 3840),
     "weights + thresholds + reconstruction": refined(*BEST, reconstruction=FIT),
     "weights + thresholds + reconstruction, IF": refined(*BEST, reconstruction=replace(FIT, coefficients=False)),
 }
@@ -276,6 +289,7 @@ def table(figures: dict[str, dict[str, float]], steps: Sequence[int]) -> str:
 def _figure(kept: Cache, name: str, task: Task, x: Tensor, labels: Tensor, diagnosed: bool) -> dict[str, float]:
     """Return what is kept of a run, or run it."""
     entry = f"{name}, seed {task.seed}" if draws(name) else name
+    entry += f", {type(task.precision).__name__}" if "distilled" in name else ""
     figure = kept.get(entry, task.timesteps)
     if figure is None or diagnosed:
         started = time.perf_counter()
@@ -301,6 +315,7 @@ def _figure(kept: Cache, name: str, task: Task, x: Tensor, labels: Tensor, diagn
 @click.option("--diagnose", "diagnosed", is_flag=True, help="Print what each site's error is made of.")
 @click.option("--cache", type=click.Path(dir_okay=False, path_type=Path), default="runs/calibration_cifar10.json",
               show_default=True, help="Where figures are kept.")  # fmt: skip
+@click.option("--amp", is_flag=True, help="Distil in bfloat16, channels last.")
 @click.option("--quick", is_flag=True, help="Two methods, T = 2 and 4, few images.")
 def main(
     weights: str | None,
@@ -313,6 +328,7 @@ def main(
     seeds: int,
     diagnosed: bool,
     cache: Path,
+    amp: bool,
     quick: bool,
 ) -> None:
     """Convert with every method at every T and measure."""
@@ -331,6 +347,7 @@ def main(
     shown, labels = test.images(order), test.labels[order]  # type: ignore[index]
     ann, images, x = source.model.eval(), preprocessing(seen), preprocessing(shown)
     augmented = Batches(train, preprocessing, 64, chosen, source.card.augmentation)  # type: ignore[union-attr]
+    task = Task(ann, images, augmented, BFloat16() if amp else Float32())
     settings = {
         "weights": Path(weights).name, "data": digest(seen, shown, labels), "seed": seed, "code": code_digest(),
         "calibration_samples": len(seen), "test_samples": len(shown), "lmh": __version__, "torch": torch.__version__,
@@ -348,7 +365,7 @@ def main(
     for name in names:
         runs = range(seed, seed + seeds) if draws(name) else [seed]
         for t in steps:
-            found = [_figure(kept, name, Task(ann, images, augmented, t, run), x, labels, diagnosed) for run in runs]
+            found = [_figure(kept, name, replace(task, timesteps=t, seed=run), x, labels, diagnosed) for run in runs]
             values = [figure["accuracy"] for figure in found]
             figures[name][str(t)] = sum(values) / len(values)
             seconds[name][str(t)] = found[0]["seconds"]
