@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..arguments import split_batch
-from ..calibrate import FROM_QCFS, MinError, calibrate
-from ..convert import Conversion, EventFrames, Recipe, assemble
+from ..calibrate import FROM_QCFS, Correction, MinError, Reconstruction, calibrate, changes
+from ..convert import Conversion, EventFrames, Recipe, assemble, refine
+from ..convert.refine import replayed
 from ..qcfs import QCFS
 from ..records import Calibration, Prepared
 from ..structures import input_count
@@ -81,15 +82,28 @@ def taken_over(network: fx.GraphModule, conversion: Conversion) -> Conversion:
     return assemble(prepared, _calibration_of(network, conversion), conversion.recipe)
 
 
-def spiking_qcfs(network: fx.GraphModule, conversion: Conversion) -> Conversion:
-    """Return the spiking network of a trained QCFS network beside that network itself, for corrections towards it.
+def corrected(
+    network: fx.GraphModule,
+    conversion: Conversion,
+    data: Iterable[Any] | Tensor,
+    corrections: Sequence[Correction] = (),
+    reconstruction: Reconstruction | None = None,
+) -> Conversion:
+    """Return the spiking network of a trained QCFS network, corrected towards that network and not towards the ANN.
 
     Args:
         network: from :func:`qcfs_network`, trained.
-        conversion: of the ANN that it was made from.
+        conversion: of the ANN that it was made from; its graph, recipe and report stay.
+        data: images without labels, as for :func:`lmh.convert.refine`.
+        corrections: layer by layer.
+        reconstruction: block by block, after them.
     """
-    prepared = replace(conversion.prepared, model=network)
-    return assemble(prepared, _calibration_of(network, conversion), conversion.recipe)
+    beside = assemble(
+        replace(conversion.prepared, model=network), _calibration_of(network, conversion), conversion.recipe
+    )
+    refined = refine(beside, data, corrections=corrections, reconstruction=reconstruction)
+    found = changes(refined.snn, conversion.prepared, refined.calibration.policy, refined.calibration.samples)
+    return replayed(conversion, found)
 
 
 def _calibration_of(network: fx.GraphModule, conversion: Conversion) -> Calibration:

@@ -19,16 +19,15 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import check_kind, split_batch
-from ..calibrate import Correction, Reconstruction, SpikingMinError, WeightRegression, changes
+from ..calibrate import FROM_QCFS, Correction, Reconstruction, SpikingMinError, WeightRegression, changes
 from ..calibrate.correct import own_copy
 from ..convert import Conversion, refine
 from ..convert.refine import replayed
 from ..errors import ArgumentError
-from ..records import short_text
 from ..structures import input_count
 from .batch_norm import FrozenBatchNorm
 from .batches import EpochBatches, Feed, check_training_data
-from .hybrid import calibrated, over_frames, qcfs_network, spiking_qcfs
+from .hybrid import calibrated, corrected, over_frames, qcfs_network
 from .log import Log, OnProgress, Progress
 from .losses import Distillation
 from .mixing import CutMix, Mix, Mixup
@@ -154,22 +153,24 @@ def distill(
     mixing: tuple[Mix, ...] = (Mixup(), CutMix()) if len(recipe.sample_shape) == 3 else (Mixup(),)
     batches = feed.count()
     watch = Watch(on_progress=on_progress, logs=logs)
-    done, start = [conversion.calibration.policy], conversion
+    corrections, reconstruction = settings.corrections, settings.reconstruction
     if settings.qcfs_epochs:
         calibration = calibrated(prepared, recipe, images)
         network = qcfs_network(prepared, calibration, recipe.timesteps)
         schedule = settings.schedule(settings.qcfs_epochs, settings.qcfs_lr, batches, mixing)
         fit_stage("QCFS", over_frames(network, recipe), train, None, schedule, STBP(), prepared.model, watch)
-        start = spiking_qcfs(network, conversion)
-        done = [calibration.policy, f"QCFS({settings.qcfs_epochs} epochs)"]
-    refined = refine(start, images, corrections=settings.corrections, reconstruction=settings.reconstruction)
-    done += [short_text(part) for part in (*settings.corrections, settings.reconstruction) if part is not None]
-    snn = own_copy(refined.snn)
+        found = corrected(network, conversion, images, corrections, reconstruction)
+        quantised = f"{calibration.policy} + QCFS({settings.qcfs_epochs} epochs)"
+        done = found.calibration.policy.replace(FROM_QCFS, quantised, 1)
+    else:
+        found = refine(conversion, images, corrections=corrections, reconstruction=reconstruction)
+        done = found.calibration.policy
+    snn = own_copy(found.snn)
     if settings.epochs:
         schedule = settings.schedule(settings.epochs, settings.lr, batches, mixing)
         fit_stage("STBP", snn, train, None, schedule, STBP(), prepared.model, watch)
-        done.append(f"STBP({settings.epochs} epochs)")
-    return replayed(conversion, changes(snn, prepared, " + ".join(done), refined.calibration.samples))
+        done += f" + STBP({settings.epochs} epochs)"
+    return replayed(conversion, changes(snn, prepared, done, found.calibration.samples))
 
 
 def seconds_per_epoch(
