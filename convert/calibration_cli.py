@@ -73,7 +73,8 @@ _CALIBRATION_OPTIONS = (
     click.option(
         "--calibration", type=PolicyType(), default="auto", show_default=True, metavar="POLICY",
         help=f"{POLICY_NAMES}. auto: batchnorm without data; with data minerror, then what --correct weights and "
-        "thresholds do, if the outputs on held-out calibration samples come nearer to the ANN's by it.",
+        "thresholds do, if the outputs on held-out calibration samples come nearer to the ANN's by it; minerror alone "
+        "before --finetune.",
     ),
     click.option(
         "--calibration-samples", type=click.IntRange(min=1), default=512, show_default=True,

@@ -74,7 +74,7 @@ class LabelFreeWork:
         reconstruct: steps for each block.
         distill: epochs through the spikes.
         budget: minutes for ``auto``; None leaves distillation out.
-        auto: whether nothing was named.
+        auto: whether nothing was named, and no training with labels follows: that starts better from the thresholds.
         seed: of what is drawn.
     """
 
@@ -90,11 +90,15 @@ class LabelFreeWork:
         """Take it out of a command's options.
 
         Raises:
-            click.UsageError: if a budget came together with what it is to decide.
+            click.UsageError: for options that exclude each other.
         """
         corrections = tuple(CORRECTIONS[name] for name in options.pop("corrections"))
         reconstruct, distill, budget = (options.pop(name) for name in ("reconstruct", "distill", "budget"))
-        auto = options["calibration"] is None and not (corrections or reconstruct or distill)
+        if options["epochs"] and (distill or budget is not None):
+            raise click.UsageError(
+                "--finetune trains from the ANN with labels, and --distill or --budget without them. Leave one out."
+            )
+        auto = not (options["calibration"] or corrections or reconstruct or distill or options["epochs"])
         if budget is not None and not auto:
             raise click.UsageError(
                 "--budget lets auto choose what to do, and --calibration, --correct, --reconstruct or --distill came "

@@ -14,7 +14,7 @@ import nets
 from commands import command, succeed
 from lmh import zoo
 from lmh.calibrate import Reconstruction
-from lmh.convert import Conversion, EventFrames, convert, load
+from lmh.convert import Conversion, EventFrames, convert, label_free_cli, load
 from lmh.errors import ArgumentError
 from lmh.finetune import LabelFree, Progress, distill, seconds_per_epoch
 from lmh.zoo import Batches
@@ -167,9 +167,11 @@ class TestCommand:
         assert "SpikingMinError" in done.result["calibration"]
         assert done.result["calibration"].endswith("112 samples")
 
-    def test_a_budget_is_spent_on_distillation(self) -> None:
-        done = succeed("convert", "zoo:digits-cnn", "-T", 1, *DATA, "--budget", 0.3, "--json")
-        assert "STBP(" in done.result["calibration"]
+    def test_a_budget_is_spent_on_distillation(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(label_free_cli, "MOST_EPOCHS", 4)
+        done = succeed("convert", "zoo:digits-cnn", "-T", 1, *DATA, "--budget", 60, "--json")
+        assert "12 epochs quantised and 4 through the spikes" in done.err
+        assert "STBP(4 epochs)" in done.result["calibration"]
         assert len(re.findall("auto: .*divergence", done.err)) == 3
 
     def test_a_budget_that_is_too_small_says_what_an_epoch_takes(self) -> None:
@@ -182,6 +184,16 @@ class TestCommand:
         status, _, err = command("convert", "zoo:digits-cnn", "-T", 2, *option)
         assert status == 2
         assert f"{option[0]} needs --data" in err
+
+    def test_auto_leaves_the_network_to_training_with_labels(self) -> None:
+        done = succeed("convert", "zoo:digits-cnn", "-T", 1, *DATA, "--finetune", 1, "--train-samples", 64, "--json")
+        assert done.result["calibration"] == "MinError(levels_per_step=0.5, base_levels=2, per channel), 128 samples"
+
+    @pytest.mark.parametrize("named", [("--distill", 1), ("--budget", 1)])
+    def test_labels_and_no_labels_exclude_each_other(self, named: tuple[object, ...]) -> None:
+        status, _, err = command("convert", "zoo:digits-cnn", "-T", 2, *DATA, "--finetune", 1, *named)
+        assert status == 2
+        assert "--finetune trains from the ANN with labels, and --distill or --budget without them" in err
 
     @pytest.mark.parametrize("named", [("--calibration", "max"), ("--distill", 1), ("--correct", "biases")])
     def test_a_budget_and_what_it_decides_do_not_go_together(self, named: tuple[object, ...]) -> None:
