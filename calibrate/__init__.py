@@ -48,6 +48,7 @@ from .regression import WeightRegression
 from .statistics import predicted_histograms
 
 __all__ = [
+    "USUAL_CORRECTIONS",
     "BatchNormReestimation",
     "BatchNormStatistics",
     "BiasCorrection",
@@ -80,6 +81,8 @@ __all__ = [
 ]
 
 
+USUAL_CORRECTIONS: tuple[Correction, ...] = (WeightRegression(), SpikingMinError())
+"""What ``auto`` and :func:`lmh.finetune.distill` correct with, in this order."""
 FROM_QCFS = "taken over from QCFS"
 _POLICIES = (Max, Percentile, MinError, BatchNormStatistics, LocalThresholdBalancing, KLDivergence)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..arguments import split_batch
-from ..calibrate import BlockResult, Correction, Reconstruction, SpikingMinError, WeightRegression, blocks
+from ..calibrate import USUAL_CORRECTIONS, BlockResult, Correction, Reconstruction, WeightRegression, blocks
+from ..calibrate.cost import Cost, correction_cost
 from ..errors import LMHError
 from ..terminal import Advance, Terminal
 from ..zoo.images import Batches
@@ -25,13 +26,17 @@ from .refine import refine
 if TYPE_CHECKING:
     from ..finetune import LabelFree, Progress
 
-USUAL = (WeightRegression(), SpikingMinError())
 QCFS_EPOCHS = 3
 """Epochs of the quantised network for each through the spikes; at T = 4 about as long."""
 HELD_OUT = 8
 """One calibration sample in so many decides what ``auto`` keeps."""
 MOST_EPOCHS = 60
 """Through the spikes, however long the budget is."""
+OPERATIONS_PER_MINUTE = 4e12
+"""What corrections may cost without a budget, and with one for each minute; two cores take about that long."""
+MEMORY = 4e9
+"""Bytes that ``auto`` corrects in; above them a named correction gives a warning."""
+LEAST_SAMPLES = 16
 BATCH = 64
 LEAST_BATCH = 16
 
@@ -43,25 +48,23 @@ class Images:
     Attributes:
         still: as they are.
         train: the same ones, augmented and in another order each epoch.
-        timesteps: T.
     """
 
     still: Batches
     train: Batches
-    timesteps: int
 
     @classmethod
     def of(cls, still: Batches, train: Batches, timesteps: int) -> Images:
-        """Return the calibration samples with the augmentation of the training batches."""
+        """Return the calibration samples with the augmentation of the training batches; fewer at once for larger T."""
         pixels = still.preprocessing.input_size[1] * still.preprocessing.input_size[2]
         size = max(LEAST_BATCH, min(BATCH, 2**19 // (timesteps * pixels)))
-        return cls(still, replace(train, indices=still.indices, batch_size=size), timesteps)
+        return cls(still, replace(train, indices=still.indices, batch_size=size))
 
     def parted(self) -> tuple[Images, Batches]:
         """Return most of the images, and the others, held out."""
         assert self.still.indices is not None
-        *most, last = self.still.indices.tensor_split([len(self.still.indices) * (HELD_OUT - 1) // HELD_OUT])
-        seen = replace(self, still=replace(self.still, indices=most[0]), train=replace(self.train, indices=most[0]))
+        most, last = self.still.indices.tensor_split([len(self.still.indices) * (HELD_OUT - 1) // HELD_OUT])
+        seen = Images(replace(self.still, indices=most), replace(self.train, indices=most))
         return seen, replace(self.still, indices=last)
 
 
@@ -142,20 +145,27 @@ def _settings(epochs: int, qcfs_epochs: int, images: Images, seed: int) -> Label
 def _corrected(
     conversion: Conversion, images: Images, corrections: tuple[Correction, ...], terminal: Terminal
 ) -> Conversion:
+    memory = _cost(conversion, images).memory
+    if memory > MEMORY:
+        terminal.notice(
+            f"Correcting keeps some {memory / 1e9:.0f} GB of activations of {images.still.count} samples in memory; "
+            "--calibration-samples takes fewer."
+        )
     with terminal.stage("correcting layer by layer", None):
         return refine(conversion, images.still, corrections=corrections)
+
+
+def _cost(conversion: Conversion, images: Images) -> Cost:
+    sample = torch.zeros((1, *images.still.preprocessing.input_size), device=next(conversion.snn.parameters()).device)
+    regression = WeightRegression()
+    return correction_cost(
+        conversion.prepared, [sample], images.still.count, conversion.recipe.timesteps, regression.rows
+    )
 
 
 def _reconstructed(
     conversion: Conversion, images: Images, reconstruction: Reconstruction, terminal: Terminal
 ) -> Conversion:
-    with _blocks(conversion, terminal) as on_block:
-        return refine(conversion, images.still, reconstruction=reconstruction, on_block=on_block)
-
-
-@contextmanager
-def _blocks(conversion: Conversion, terminal: Terminal) -> Iterator[Any]:
-    """Show reconstruction as a stage."""
     with terminal.stage("reconstructing", len(blocks(conversion.prepared))) as advance:
 
         def on_block(result: BlockResult) -> None:
@@ -163,7 +173,7 @@ def _blocks(conversion: Conversion, terminal: Terminal) -> Iterator[Any]:
             change = f"error {result.before:.4f} to {result.after:.4f}"
             terminal.notice(f"block up to {result.block.sites[-1]}: {change}")
 
-        yield on_block
+        return refine(conversion, images.still, reconstruction=reconstruction, on_block=on_block)
 
 
 def _distilled(conversion: Conversion, images: Images, settings: LabelFree, terminal: Terminal) -> Conversion:
@@ -206,12 +216,13 @@ class _Automatic:
     def best(self, conversion: Conversion) -> Conversion:
         """Return the best of the thresholds, the corrections and, with a budget, the distillation."""
         started = time.monotonic()
-        seen, held_out = self.images.parted()
-        if held_out.count < 2 or seen.still.count < 2:
+        most, held_out = self.images.parted()
+        seen = self._affordable(conversion, most)
+        if seen is None:
             return conversion
         tried = [conversion]
         try:
-            tried.append(_corrected(conversion, seen, USUAL, self.terminal))
+            tried.append(_corrected(conversion, seen, USUAL_CORRECTIONS, self.terminal))
             taken = time.monotonic() - started
             if self.budget is not None:
                 tried += self._within(conversion, seen, 60 * self.budget - 2 * taken)
@@ -223,6 +234,27 @@ class _Automatic:
             done = candidate.calibration.policy
             self.terminal.notice(f"auto: {done}: divergence {divergence:.4f} on {held_out.count} held-out samples")
         return tried[found.index(min(found))]
+
+    def _affordable(self, conversion: Conversion, images: Images) -> Images | None:
+        """Return as many images as memory has room for, or None where corrections cost too much or have too few."""
+        count, indices = images.still.count, images.still.indices
+        assert indices is not None
+        fitting = min(count, int(count * MEMORY / max(_cost(conversion, images).memory, 1)))
+        if fitting < LEAST_SAMPLES:
+            self.terminal.notice(
+                f"auto leaves corrections out: they need {LEAST_SAMPLES} samples, and {fitting} of {count} fit into "
+                f"{MEMORY / 1e9:.0f} GB. --correct weights --correct thresholds does them anyway."
+            )
+            return None
+        images = replace(images, still=replace(images.still, indices=indices[:fitting]))
+        minutes = _cost(conversion, images).operations / OPERATIONS_PER_MINUTE
+        if minutes > (self.budget or 1):
+            needed = math.ceil(minutes)
+            self.terminal.notice(
+                f"auto leaves corrections out: they would take about {needed} min. --budget {needed} allows them."
+            )
+            return None
+        return images
 
     def _within(self, conversion: Conversion, seen: Images, seconds: float) -> list[Conversion]:
         """Distil for about so many seconds, half of them quantised; return nothing if there is no time for it."""

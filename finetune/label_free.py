@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import check_kind, split_batch
-from ..calibrate import FROM_QCFS, Correction, Reconstruction, SpikingMinError, WeightRegression, changes
+from ..calibrate import FROM_QCFS, USUAL_CORRECTIONS, Correction, Reconstruction, changes
 from ..calibrate.correct import own_copy
 from ..convert import Conversion, refine
 from ..convert.refine import replayed
@@ -61,7 +61,7 @@ class LabelFree:
 
     epochs: int = 20
     qcfs_epochs: int = 60
-    corrections: tuple[Correction, ...] = field(default_factory=lambda: (WeightRegression(), SpikingMinError()))
+    corrections: tuple[Correction, ...] = USUAL_CORRECTIONS
     reconstruction: Reconstruction | None = None
     lr: float = 0.005
     qcfs_lr: float = 0.01

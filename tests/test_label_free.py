@@ -14,6 +14,7 @@ import nets
 from commands import command, succeed
 from lmh import zoo
 from lmh.calibrate import Reconstruction
+from lmh.calibrate.cost import correction_cost
 from lmh.convert import Conversion, EventFrames, convert, label_free_cli, load
 from lmh.errors import ArgumentError
 from lmh.finetune import LabelFree, Progress, distill, seconds_per_epoch
@@ -175,7 +176,8 @@ class TestCommand:
         assert [name.rpartition(" + ")[2] for name in said][1:] == ["SpikingMinError()", "STBP(4 epochs)"]
         assert done.result["calibration"].startswith(min(said, key=lambda name: float(said[name])))
 
-    def test_a_budget_that_is_too_small_says_what_an_epoch_takes(self) -> None:
+    def test_a_budget_that_is_too_small_says_what_an_epoch_takes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(label_free_cli, "OPERATIONS_PER_MINUTE", 1e30)
         done = succeed("convert", "zoo:digits-cnn", "-T", 1, *DATA, "--budget", 0.001, "--json")
         assert "leaves no time to distil: an epoch takes" in done.err
         assert "STBP" not in done.result["calibration"]
@@ -201,3 +203,24 @@ class TestCommand:
         status, _, err = command("convert", "zoo:digits-cnn", "-T", 2, *DATA, "--budget", 1, *named)
         assert status == 2
         assert "Leave out --budget, or those" in err
+
+    def test_auto_leaves_out_what_would_take_long_or_much_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        small = ("convert", "zoo:digits-cnn", "-T", 1, *DATA, "--json")
+        monkeypatch.setattr(label_free_cli, "OPERATIONS_PER_MINUTE", 1e9)
+        slow = succeed(*small)
+        assert re.search(r"corrections out: they would take about \d+ min. --budget \d+ allows them", slow.err)
+        monkeypatch.setattr(label_free_cli, "MEMORY", 1e5)
+        large = succeed(*small)
+        assert re.search(r"corrections out: they need 16 samples, and \d of 112 fit into 0 GB", large.err)
+        for done in (slow, large):
+            assert done.result["calibration"].endswith("per channel), 128 samples")
+        named = succeed(*small, "--correct", "biases")
+        assert "--calibration-samples takes fewer" in named.err
+
+
+def test_the_estimate_of_memory_is_of_the_right_size() -> None:
+    prepared = convert(zoo.load("digits-cnn"), 4, example_input=torch.zeros(1, 1, 8, 8)).prepared
+    cost = correction_cost(prepared, [torch.zeros(1, 1, 8, 8)], 100, 4, rows=1000)
+    largest = 32 * 8 * 8  # of block.relu1, in floats
+    assert cost.memory % (largest * 4 * 4 * 100) == 0
+    assert cost.memory == 2 * correction_cost(prepared, [torch.zeros(1, 1, 8, 8)], 100, 2, rows=1000).memory
