@@ -182,6 +182,14 @@ def seconds_per_epoch(
         conversion: not changed.
         data: as for :func:`distill`.
         still: likewise.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from lmh.convert import convert
+    >>> images, ann = torch.rand(64, 8), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    >>> quantised, spiking = seconds_per_epoch(convert(ann, 2, data=images), images.split(16), still=images)
+    >>> quantised > 0 and spiking > 0
+    True
     """
     feed = Feed.of(data, 0, over_frames(conversion.prepared.model, conversion.recipe))
     ends: dict[str, list[float]] = {"QCFS": [], "STBP": []}
