@@ -14,6 +14,7 @@ from torch import nn
 from ..artifact import file_digest
 from ..errors import LMHError
 from ..structures import input_count
+from ..zoo.models import list_models
 from ..zoo.registry import TORCHVISION, Card
 from .architectures import EmptyOnMeta
 from .files import FileKind, kind_of_file
@@ -77,7 +78,7 @@ def describe_card(card: Card) -> dict[str, Any]:
     home, named, note = "the zoo", f"zoo:{card.name}", ""
     if card.name.startswith(TORCHVISION):
         home, named, weights = "torchvision", card.name, "torchvision's, downloaded when it is converted"
-    elif card.weights is not None:
+    elif card.name in list_models():
         weights = f"in this package; `lmh zoo show {card.name}` says how they were trained"
     else:
         named, note, weights = f"FILE --arch {card.name}", " (FILE: of weights)", "none"

@@ -13,7 +13,8 @@ from ..artifact import FORMAT, read_snn, read_tensors, user_path
 from ..errors import ArtifactError, SourceError
 from ..readout import READOUTS
 from ..records import frozen_value
-from ..zoo.registry import SNNS, TORCHVISION, Card
+from ..zoo.models import SNNS
+from ..zoo.registry import TORCHVISION, Card
 from .cli_inputs import source_options
 from .describe import card_lines, describe_card, describe_file, file_lines
 from .files import FileKind, kind_of_file

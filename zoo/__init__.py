@@ -3,7 +3,8 @@
 from .augmentation import AutoAugment, CropFlip, Cutout, ForCIFAR10, ForImageNet, ForSVHN, InTurn
 from .data import DataSet, load_data
 from .images import Batches, Preprocessing, seeded_order
-from .registry import Card, card, list_architectures, list_models, load, record, snn_path
+from .models import card, list_models, load, record, snn_path
+from .registry import Card, list_architectures
 
 __all__ = [
     "AutoAugment",

@@ -17,7 +17,8 @@ from ..errors import ArgumentError
 from ..terminal import Terminal
 from .data import load_data
 from .images import Batches, seeded_order
-from .registry import SNNS, card, list_architectures, list_models, record
+from .models import ANNS, SNNS, card, list_models, record
+from .registry import list_architectures
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -51,7 +52,7 @@ def show_command(name: str, as_json: bool) -> None:
         "parameters": sum(p.numel() for p in found.build().parameters()),
         "num_classes": found.num_classes,
         **asdict(found.preprocessing),
-        "training": record(name) if found.weights else None,
+        "training": record(name) if name in ANNS else None,
     }
     if as_json:
         click.echo(json.dumps(shown))
