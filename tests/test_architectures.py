@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -57,6 +59,13 @@ def parameters(name: str, num_classes: int) -> int:
 
 def test_the_table_has_every_architecture() -> None:
     assert sorted(row[0] for row in PARAMETERS) == sorted(zoo.list_architectures())
+
+
+def test_the_page_has_the_table() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "zoo.md").read_text()
+    for name, classes, count, published in PARAMETERS:
+        figure = "" if published is None else f"{published[0]:.{published[1]}f} M "
+        assert f"| `{name}` | {classes} | {count:,} | {figure}|" in page
 
 
 @pytest.mark.parametrize(("name", "classes", "count", "published"), PARAMETERS, ids=[row[0] for row in PARAMETERS])

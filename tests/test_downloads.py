@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import random
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from lmh.errors import ArgumentError, DownloadError
-from lmh.zoo import cache, transfer
+from lmh.terminal import Terminal
+from lmh.zoo import cache, locations, transfer
 from lmh.zoo.cache import fetched, resting_place
 from lmh.zoo.locations import WebFile
 from lmh.zoo.transfer import Patience, Weights
@@ -159,6 +163,32 @@ def test_waits_grow_and_keep_to_what_the_server_asks(server: Server, monkeypatch
     server.script = [Status(500), Status(500), Status(429, {"Retry-After": "7"}), Status(503, {"Retry-After": "999"})]
     fetched(at(server))
     assert waits == [0.5, 1.0, 7.0, 30.0]
+
+
+def test_a_connection_that_falls_silent_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locations, "TIMEOUT", 0.3)
+    server.script = [Honest(pause=2.0)]
+    assert fetched(at(server), patience=QUICK).read_bytes() == DATA
+    assert server.ranges[1] is not None  # it went on after what had come, on a connection of its own
+
+
+def test_redirects_are_followed_but_not_out_of_https(server: Server) -> None:
+    server.script = [Status(302, {"Location": f"{server.url}/net.safetensors"})]
+    assert fetched(at(server, "old.safetensors"), patience=QUICK).read_bytes() == DATA
+    asked = urllib.request.Request("https://example.org/net.safetensors")
+    handler = locations.SecureRedirects()
+    with pytest.raises(DownloadError, match=r"is redirected to http://example.org/x; expected https there"):
+        handler.redirect_request(asked, io.BytesIO(), 302, "Found", {}, "http://example.org/x")
+    assert handler.redirect_request(asked, io.BytesIO(), 302, "Found", {}, "https://example.net/x") is not None
+
+
+def test_progress_counts_bytes_on_a_terminal(server: Server) -> None:
+    terminal, shown = Terminal(), io.StringIO()
+    terminal.log = Console(file=shown, force_terminal=True, width=120)
+    server.script = [Cut(100_000)]
+    fetched(at(server), terminal, QUICK)
+    assert "200.0/200.0 kB" in shown.getvalue()
+    assert "net.safetensors: done in" in shown.getvalue()
 
 
 def test_no_network_says_so(tmp_path: Path) -> None:

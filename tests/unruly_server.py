@@ -145,9 +145,9 @@ def unruly_server(files: dict[str, bytes]) -> Iterator[Server]:
             start = int(match[1]) if match else None
             answer = server.next_answer(self.path, start)
             data = server.files.get(re.sub(r"^http://[^/]+", "", self.path))
-            if data is None:
+            if data is None and not isinstance(answer, Status):
                 answer = Status(404)
-            elif start is not None and start >= len(data) and isinstance(answer, Honest):
+            elif data is not None and start is not None and start >= len(data) and isinstance(answer, Honest):
                 answer = Status(416)
             try:
                 answer.give(self, data or b"", start)

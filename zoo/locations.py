@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from .. import __version__
 from ..errors import ArgumentError, DownloadError
@@ -94,6 +95,24 @@ class LocalFile:
         return Stream(start, os.fstat(file.fileno()).st_size, file.read, file.close)
 
 
+class SecureRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but never from https to anything else."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        """Return the request to make, as urllib asks for it.
+
+        Raises:
+            DownloadError: if it would leave https.
+        """
+        if req.type == "https" and not newurl.lower().startswith("https:"):
+            raise DownloadError(
+                f"{req.full_url}: is redirected to {newurl}; expected https there as well. Take another source."
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 @dataclass(frozen=True)
 class WebFile:
     """A file of a web server. Proxies come from the environment, as urllib reads them.
@@ -117,7 +136,7 @@ class WebFile:
         headers = {"User-Agent": f"lmh-convert/{__version__}", "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
-        opener = urllib.request.build_opener()  # a new one, for the proxies that the environment names now
+        opener = urllib.request.build_opener(SecureRedirects)  # a new one, for the proxies of the environment now
         try:
             response = opener.open(urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
