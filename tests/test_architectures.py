@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from lmh import sites, zoo
+from lmh import QCFS, sites, zoo
 from lmh.convert import EventFrames, convert
 from lmh.convert.architectures import EmptyOnMeta
 from lmh.errors import ArgumentError
+from lmh.finetune.hybrid import qcfs_network
 from lmh.torchvision_shim import torchvision
 from lmh.zoo.cifar_resnet import BasicBlock, padded, projected
 from lmh.zoo.ms_resnet import MSBlock
@@ -88,16 +89,20 @@ def test_torchvisions_classifiers_are_there_by_name_with_as_many_parameters_as_i
 
 
 @pytest.mark.parametrize("name", zoo.list_architectures())
-def test_every_architecture_of_the_zoo_converts(name: str) -> None:
+def test_every_architecture_of_the_zoo_converts_to_spikes_and_to_qcfs(name: str) -> None:
     card = zoo.card(name)
     ann = card.build().eval()
     size = card.preprocessing.input_size if name in OWN_SIZE else SMALL.get(card.family, card.preprocessing.input_size)
     x = torch.rand(2, *size)
-    snn = convert(ann, 2, data=x).snn
+    conversion = convert(ann, 2, data=x)
+    snn = conversion.snn
     assert snn(x).shape == (2, card.num_classes)
     assert snn(x).isfinite().all()
     relus = sum(isinstance(module, nn.ReLU) for module in ann.modules())
     assert len(sites(snn)) == relus
+    quantised = qcfs_network(conversion.prepared, conversion.calibration, 2)
+    assert sum(isinstance(module, QCFS) for module in quantised.modules()) == relus
+    assert quantised(x).shape == (2, card.num_classes)
 
 
 @pytest.mark.parametrize("name", ["cifar10dvs-vgg", "cifar10dvs-resnet19"])

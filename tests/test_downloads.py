@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import os
 import random
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,17 +14,26 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lmh.errors import ArgumentError, DownloadError
+from lmh.errors import DownloadError
 from lmh.terminal import Terminal
 from lmh.zoo import cache, locations, transfer
-from lmh.zoo.cache import fetched, resting_place
+from lmh.zoo.cache import fetched
 from lmh.zoo.locations import WebFile
-from lmh.zoo.transfer import Patience, Weights
-from unruly_server import Answer, Cut, Deaf, Endless, Honest, Other, Server, Status, Unsaid, unruly_server
-
-DATA = random.Random(0).randbytes(200_000)
-DIGEST = hashlib.sha256(DATA).hexdigest()
-QUICK = Patience(tries=3, first_wait=0.0, longest_wait=0.0)
+from lmh.zoo.transfer import Weights
+from served import DATA, DIGEST, GOOD, QUICK, at, kept
+from unruly_server import (
+    Answer,
+    Cut,
+    Deaf,
+    Endless,
+    Honest,
+    Misplaced,
+    Other,
+    Server,
+    Status,
+    Unsaid,
+    unruly_server,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,18 +49,6 @@ def server() -> Iterator[Server]:
         yield running
 
 
-def at(server: Server, name: str = "net.safetensors") -> Weights:
-    return Weights(f"{server.url}/{name}", DIGEST, len(DATA))
-
-
-def kept(tmp_path: Path) -> list[str]:
-    """What the home holds besides locks."""
-    return sorted(path.name for path in (tmp_path / "home").rglob("*") if path.is_file() and path.suffix != ".lock")
-
-
-GOOD = f"{DIGEST[:16]}-net.safetensors"
-
-
 @pytest.mark.parametrize(
     ("script", "ranges"),
     [
@@ -68,6 +62,8 @@ GOOD = f"{DIGEST[:16]}-net.safetensors"
         ([Deaf(9), Deaf(90), Deaf(900), Deaf(9_000), Deaf()], [None, 9, 90, 900, 9_000]),
         ([Unsaid(30), Unsaid()], [None, 30]),
         ([Cut(40_000), Status(416)], [None, 40_000, None]),
+        ([Cut(40_000), Misplaced("bytes 7-199999/200000")], [None, 40_000, None]),
+        ([Cut(40_000), Misplaced("nowhere")], [None, 40_000, None]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
@@ -115,6 +111,7 @@ def test_the_next_process_goes_on_with_what_the_last_one_left(server: Server, tm
         ([Other(DATA[:-1] + b"x")], f"expected {DIGEST}. It is not the file that the card describes, and nothing"),
         ([Other(b"<html>")], "it has 6 bytes; expected 200000. It is not the file"),
         ([Endless()], "it has more than 200000 bytes; expected 200000"),
+        ([Misplaced("bytes 5-9/200000")], "sends a part that nobody asked for; expected the whole file"),
     ],
     ids=lambda value: " ".join(map(str, value))[:60] if isinstance(value, list) else None,
 )
@@ -235,87 +232,12 @@ def test_an_unwritable_home_is_named(server: Server, tmp_path: Path, monkeypatch
         fetched(at(server))
 
 
-FETCH = """
-import sys
-from lmh.zoo.cache import fetched
-from lmh.zoo.transfer import Weights
-print(fetched(Weights(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
-"""
-
-
-def test_two_processes_download_once(server: Server, tmp_path: Path) -> None:
-    server.script = [Honest(pause=3.0)] * 2
-    command = [sys.executable, "-c", FETCH, f"{server.url}/net.safetensors", DIGEST, str(len(DATA))]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], printed
-    assert {out.strip() for out, _ in printed} == {str(tmp_path / "home" / "weights" / GOOD)}
-    assert server.ranges == [None]
-    assert kept(tmp_path) == [GOOD]
-
-
-@pytest.mark.parametrize("variable", cache.OFFLINE)
-def test_offline_nothing_is_asked_for(server: Server, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    monkeypatch.setenv(variable, "1")
-    with pytest.raises(DownloadError, match=rf"{variable} forbids to download it; expected it there. Unset {variable}"):
-        fetched(at(server))
-    assert server.ranges == []
-    monkeypatch.delenv(variable)
-    path = fetched(at(server))
-    monkeypatch.setenv(variable, "1")
-    assert fetched(at(server)) == path
-
-
 def test_a_proxy_of_the_environment_is_asked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", server.url)
     monkeypatch.setenv("no_proxy", "")
     far = Weights("http://localhost:9/net.safetensors", DIGEST, len(DATA))
     assert fetched(far, patience=QUICK).read_bytes() == DATA
     assert server.paths == ["http://localhost:9/net.safetensors"]
-
-
-HUB = Weights("hf:lab/spiking/deep/net.safetensors@v1", DIGEST, len(DATA))
-
-
-def test_the_hub_is_asked_through_its_own_library(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setattr(transfer.time, "sleep", lambda seconds: None)
-    server.files["/lab/spiking/resolve/v1/deep/net.safetensors"] = DATA
-    server.script = [Cut(70_000)]
-    assert fetched(HUB, patience=QUICK).read_bytes() == DATA
-    assert kept(tmp_path) == [GOOD]
-    assert list((tmp_path / "home" / "partial").iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (bytes(len(DATA)), "its sha256 is"),
-        (DATA[:-1], "it has 199999 bytes; expected 200000"),
-        (None, "404 .*; expected the file. Check the name; for a private repository, log in with `hf auth login`"),
-    ],
-    ids=["another file", "another size", "no file"],
-)
-def test_a_wrong_file_of_the_hub_is_refused(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes | None, words: str
-) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    if data is not None:
-        server.files["/lab/spiking/resolve/v1/deep/net.safetensors"] = data
-    with pytest.raises(DownloadError, match=f"^hf:lab/spiking/deep/net.safetensors@v1: .*{words}"):
-        fetched(HUB, patience=QUICK)
-    assert kept(tmp_path) == []
-
-
-def test_a_hub_that_cannot_be_reached_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with unruly_server({}) as gone:
-        monkeypatch.setenv("HF_ENDPOINT", gone.url)
-    monkeypatch.setattr(transfer.time, "sleep", lambda seconds: None)  # its library waits for half a minute
-    with pytest.raises(DownloadError, match=r"^hf:.*; expected an answer of the Hub. Check the network"):
-        fetched(HUB, patience=QUICK)
-    assert GOOD not in kept(tmp_path)
 
 
 def test_a_file_of_this_machine_is_copied_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,60 +256,6 @@ def test_a_file_of_this_machine_is_copied_and_checked(tmp_path: Path, monkeypatc
     with pytest.raises(DownloadError, match=r"No such file or directory; expected a readable file. Check the path"):
         fetched(weights)
     assert kept(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("location", "words"),
-    [
-        ("https://example.org/net.pt", "is not a .safetensors file; expected one, as other formats can run code"),
-        (
-            "http://example.org/net.safetensors",
-            "http is taken from this machine only; expected https. Use https://exam",
-        ),
-        ("ftp://example.org/net.safetensors", "is not known; expected package:FILE, https://HOST/FILE"),
-        ("file://elsewhere/net.safetensors", "is not known"),
-        ("hf:net.safetensors", "is not known"),
-        ("package:../../net.safetensors", "is not known"),
-    ],
-)
-def test_other_locations_are_refused(location: str, words: str) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        fetched(Weights(location, DIGEST, len(DATA)))
-    assert location in str(caught.value)
-    assert words in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("location", "name"),
-    [
-        ("https://example.org/a/net.safetensors?download=true", GOOD),
-        ("hf:lab/spiking/deep/net.safetensors@v1.0", GOOD),
-        ("file:///tmp/net.safetensors", GOOD),
-    ],
-)
-def test_the_place_in_the_cache_is_named_by_hash_and_file(location: str, name: str, tmp_path: Path) -> None:
-    assert resting_place(Weights(location, DIGEST, len(DATA))) == tmp_path / "home" / "weights" / name
-
-
-@pytest.mark.parametrize(
-    ("system", "variables", "expected"),
-    [
-        ("linux", {"HOME": "/h"}, "/h/.cache/lmh"),
-        ("linux", {"HOME": "/h", "XDG_CACHE_HOME": "/c"}, "/c/lmh"),
-        ("darwin", {"HOME": "/h"}, "/h/Library/Caches/lmh"),
-        ("win32", {"HOME": "/h", "LOCALAPPDATA": "/l"}, "/l/lmh"),
-        ("linux", {"HOME": "/h", "LMH_HOME": "~/weights"}, "/h/weights"),
-    ],
-)
-def test_the_home_is_in_the_users_cache_folder(
-    system: str, variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("LMH_HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cache.sys, "platform", system)
-    assert cache.home() == Path(expected)
 
 
 def test_the_cache_alone_would_not_notice_a_bad_file(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

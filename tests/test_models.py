@@ -116,6 +116,13 @@ def test_an_unknown_name_brings_the_nearest(verb: str) -> None:
     assert "model 'digits-cn' is not known; nearest: digits-cnn, digits-cnn-t4" in printed.err
 
 
+def test_a_spiking_network_is_no_source() -> None:
+    printed = command("convert", "zoo:digits-cnn-t4", "-T", 2)
+    assert printed.status == 1
+    assert "'digits-cnn-t4' is a spiking network already; expected an ANN" in printed.err
+    assert succeed("report", "zoo:digits-cnn-t4", "--data", "digits", "--test-samples", 9).status == 0
+
+
 def test_a_model_brings_its_own_input_and_classes(server: Server) -> None:
     succeed("zoo", "add", f"{server.url}/r/index.json")
     card = zoo.card("seven")

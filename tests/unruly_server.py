@@ -44,6 +44,33 @@ class Honest:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Half of what was asked for, and the rest when it is let go."""
+
+    gone_on: threading.Event = field(default_factory=threading.Event)
+
+    def give(self, handler: BaseHTTPRequestHandler, data: bytes, start: int | None) -> None:
+        body = head(handler, data, start)
+        handler.wfile.write(body[: len(body) // 2])
+        self.gone_on.wait()
+        handler.wfile.write(body[len(body) // 2 :])
+
+
+@dataclass(frozen=True)
+class Misplaced:
+    """A part that was not asked for, or says nothing of where it belongs."""
+
+    extent: str
+
+    def give(self, handler: BaseHTTPRequestHandler, data: bytes, start: int | None) -> None:
+        handler.send_response(206)
+        handler.send_header("Content-Range", self.extent)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+
+@dataclass(frozen=True)
 class Cut:
     """The connection ends after so many bytes."""
 

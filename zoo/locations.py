@@ -160,7 +160,12 @@ class WebFile:
         offset, total = _extent(response.status, response.headers)
         if offset not in (0, start):
             response.close()
-            return self.open(0)
+            if start:
+                return self.open(0)
+            raise DownloadError(
+                f"{self.url}: the server sends a part that nobody asked for; expected the whole file. Take another "
+                "source."
+            )
         return Stream(offset, total, response.read1, response.close)
 
 

@@ -147,9 +147,13 @@ def card(name: str) -> Card:
     >>> card("torchvision:resnet18").num_classes
     1000
     """
-    known = model_names()
-    if name not in known or is_spiking(name):
+    if name not in (known := model_names()):
         return architecture(name, known)
+    if is_spiking(name):
+        raise ArgumentError(
+            f"{name!r} is a spiking network already; expected an ANN or an architecture. Load it with "
+            f'lmh.convert.load("zoo:{name}"), or measure it with `lmh report zoo:{name} --data …`.'
+        )
     model = model_card(name)
     found = replace(architecture(model.architecture), preprocessing=model.preprocessing)
     if model.num_classes == found.num_classes:
