@@ -16,7 +16,7 @@ from commands import command, succeed
 from lmh import convert, evaluate, zoo
 from lmh.artifact import file_digest, write_tensors
 from lmh.errors import ArgumentError, ArtifactError, DownloadError
-from lmh.zoo import Batches, SpikingCard
+from lmh.zoo import Batches, SpikingCard, transfer
 from lmh.zoo.cache import home
 from lmh.zoo.model_cards import VERSION, card_json, read_card
 from lmh.zoo.models import download, model_names, readable_cards
@@ -230,13 +230,44 @@ def test_a_release_that_does_not_hang_together_is_refused(server: Server, file: 
     assert not (home() / "cards").exists()
 
 
-def test_cards_are_fetched_again_when_the_server_stumbles(server: Server) -> None:
+def test_cards_are_fetched_again_when_the_server_stumbles(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(transfer.time, "sleep", waits.append)
     server.script = [Status(500), Cut(10)]
     assert "t4: added" in succeed("zoo", "add", f"{server.url}/r/index.json").out
-    server.script = [Status(500)] * 3
-    assert "500 Internal Server Error, 3 times in a row" in command("zoo", "add", f"{server.url}/r/index.json").err
+    assert waits == [0.5, 1.0]
+    server.script = [Status(500)] * 5
+    assert "500 Internal Server Error, 5 times in a row" in command("zoo", "add", f"{server.url}/r/index.json").err
     server.script = [Other(b"x" * 4)]
     assert "not JSON" in command("zoo", "add", f"{server.url}/r/t4.json").err
+    assert "404 Not Found" in command("zoo", "add", f"{server.url}/r/none.json").err
+
+
+def test_a_release_on_the_hub(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    for path in list(server.files):
+        server.files[path.replace("/r/", "/lab/release/resolve/v1/")] = server.files[path]
+    assert "seven: added" in succeed("zoo", "add", "hf:lab/release/index.json@v1").out
+    assert zoo.model_card("seven").weights.location == "hf:lab/release/seven.safetensors@v1"
+    assert zoo.load("seven").head.out_features == 7
+
+
+def test_offline_no_release_is_asked_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMH_OFFLINE", "1")
+    asked = len(server.paths)
+    for address in (f"{server.url}/r/index.json", "hf:lab/release/index.json"):
+        assert "LMH_OFFLINE forbids to ask for it; expected a path" in command("zoo", "add", address).err
+    assert len(server.paths) == asked
+    succeed("zoo", "add", "release")
+
+
+def test_a_place_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained()
+    Path("file").write_text("")
+    assert "file/release: cannot be made" in command("zoo", "publish", "seven.safetensors", "--out", "file/release").err
+    published("seven.safetensors")
+    monkeypatch.setenv("LMH_HOME", "file")
+    assert "cards: cannot be made" in command("zoo", "add", "release").err
 
 
 def test_a_release_is_whole_and_grows() -> None:

@@ -15,19 +15,17 @@ from urllib.parse import urljoin
 from ..artifact import FORMAT as SNN_FORMAT
 from ..artifact import file_digest, is_there, read_snn, read_tensors, user_path, write_atomically
 from ..errors import ArgumentError, ArtifactError, DownloadError
-from .cache import SUFFIX
+from .cache import SUFFIX, offline
 from .images import Preprocessing
-from .locations import PACKAGE, BrokenTransferError, HubFile, Packaged, parsed_location
+from .locations import PACKAGE, HubFile, LocalFile, Packaged, parsed_location
 from .model_cards import NAME, ModelCard, SpikingCard, card_json, card_markdown, read_card
 from .models import added
 from .registry import architecture
-from .transfer import Weights
+from .transfer import Weights, small_file
 
 INDEX = "index.json"
 INDEX_FORMAT = "lmh-zoo"
 INDEX_VERSION = 1
-LARGEST = 1 << 20
-TRIES = 3
 
 
 def card_of_file(
@@ -151,7 +149,7 @@ def publish(cards: Sequence[tuple[ModelCard, Path]], folder: Path) -> Path:
     Raises:
         ArtifactError: if something cannot be written, or two models would share a file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     index = folder / INDEX
     models = _index(index.read_text(encoding="utf-8"), str(index)) if is_there(index) else {}
     taken = {entry["weights"]: (name, entry["sha256"]) for name, entry in models.items()}
@@ -212,11 +210,20 @@ def add(address: str) -> list[ModelCard]:
             raise ArgumentError(
                 f"{where}: {card.name} is a model of the package; expected another name. Rename it there."
             )
-    added().mkdir(parents=True, exist_ok=True)
+    _make(added())
     for card in cards:
         text = json.dumps(card_json(card), indent=2, sort_keys=True, ensure_ascii=False)
         write_atomically(added() / f"{card.name}.json", text.encode())
     return cards
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder}: cannot be made ({error.strerror or error}); expected a writable place. Choose another one."
+        ) from error
 
 
 def _address(text: str) -> str:
@@ -248,26 +255,13 @@ def _small_text(where: str) -> str:
     source = parsed_location(where)
     if isinstance(source, Packaged):
         raise ArgumentError(f"{where}: the package's cards are there already; expected another address.")
+    if not isinstance(source, LocalFile) and (variable := offline()):
+        raise DownloadError(f"{where}: {variable} forbids to ask for it; expected a path. Unset {variable}.")
     if isinstance(source, HubFile):
         with tempfile.TemporaryDirectory() as folder:
             data = source.fetch(Path(folder)).read_bytes()
     else:
-        data = b""
-        for attempt in range(1, TRIES + 1):
-            try:
-                stream = source.open(0)
-                data = b""
-                while len(data) <= LARGEST and (chunk := stream.read(LARGEST)):
-                    data += chunk
-                stream.close()
-                if stream.total in (None, len(data)):
-                    break
-                raise BrokenTransferError(f"cut after {len(data)} of {stream.total} bytes")
-            except (BrokenTransferError, OSError) as error:
-                if attempt == TRIES:
-                    raise DownloadError(
-                        f"{where}: {error}, {TRIES} times in a row; expected an index or a card. Check the network."
-                    ) from error
+        data = small_file(source)
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ from ..errors import DownloadError
 from .locations import BrokenTransferError, HubFile, LocalFile, Stream, WebFile
 
 CHUNK = 1 << 16
+SMALL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,41 @@ class Transfer:
         self.advance(-self._have(), "")
         with contextlib.suppress(OSError):
             self.part.unlink(missing_ok=True)
+
+
+def small_file(source: LocalFile | WebFile, patience: Patience | None = None) -> bytes:
+    """Return the bytes of a small file, such as a card; of a larger one the first megabyte.
+
+    Args:
+        source: where it lies.
+        patience: how often it is tried.
+
+    Raises:
+        DownloadError: if it cannot be had.
+    """
+    patience = patience or Patience()
+    failures = 0
+    while True:
+        try:
+            return _whole(source)
+        except BrokenTransferError as error:
+            failures += 1
+            if failures >= patience.tries:
+                raise DownloadError(
+                    f"{source}: {error}, {failures} times in a row; expected an answer. Check the network (proxies are "
+                    "taken from HTTPS_PROXY) and start again."
+                ) from error
+            time.sleep(patience.wait(failures, error.wait))
+
+
+def _whole(source: LocalFile | WebFile) -> bytes:
+    with contextlib.closing(source.open(0)) as stream:
+        data = b""
+        while len(data) < SMALL and (chunk := _read(stream)):
+            data += chunk
+        if len(data) < min(SMALL, stream.total or 0):
+            raise BrokenTransferError(f"cut after {len(data)} of {stream.total} bytes")
+        return data
 
 
 def _read(stream: Stream) -> bytes:

@@ -56,8 +56,11 @@ def _verified(name: str) -> dict[str, Any]:
     elif is_there(file) and packaged(name):
         state = "wrong; install lmh-convert again"
     elif is_there(file):
-        file.unlink()
-        state = "wrong, removed; `lmh zoo download` fetches it again"
+        try:
+            file.unlink()
+            state = "wrong, removed; `lmh zoo download` fetches it again"
+        except OSError as error:
+            state = f"wrong, and cannot be removed ({error.strerror or error})"
     return {"name": name, "state": state, "file": str(file), "sha256": weights.sha256}
 
 
