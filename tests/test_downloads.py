@@ -19,7 +19,7 @@ from lmh.terminal import Terminal
 from lmh.zoo import cache, locations, transfer
 from lmh.zoo.cache import fetched
 from lmh.zoo.locations import WebFile
-from lmh.zoo.transfer import Weights
+from lmh.zoo.transfer import Patience, Weights
 from served import DATA, DIGEST, GOOD, QUICK, at, kept
 from unruly_server import (
     Answer,
@@ -99,6 +99,13 @@ def test_the_next_process_goes_on_with_what_the_last_one_left(server: Server, tm
     assert fetched(at(server), patience=QUICK).read_bytes() == DATA
     assert server.ranges[-1] == 60_000
     assert kept(tmp_path) == [GOOD]
+
+
+def test_a_server_that_gives_a_byte_at_a_time_is_left_in_the_end(server: Server, tmp_path: Path) -> None:
+    server.script = [Cut(1)] * 30
+    with pytest.raises(DownloadError, match=r"cut after 9 of 200000 bytes, after 9 connections; 9 of 200000 .* kept"):
+        fetched(at(server), patience=Patience(connections=9))
+    assert kept(tmp_path) == [f"{DIGEST}.part"]
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,13 @@ class Patience:
         tries: in a row that bring nothing new.
         first_wait: seconds after the first of them; doubled after each.
         longest_wait: seconds, also where the server asks for more.
+        connections: in all, for a server that cuts each after a few bytes.
     """
 
     tries: int = 5
     first_wait: float = 0.5
     longest_wait: float = 30.0
+    connections: int = 200
 
     def wait(self, failures: int, asked: float | None) -> float:
         """Return the seconds to wait after so many failures in a row.
@@ -87,9 +89,9 @@ class Transfer:
             DownloadError: if the file cannot be had whole, or is another one, of which no part stays.
         """
         have = self._have()
+        self.advance(have, "")
         if have > self.weights.size:
             self._discard()
-        self.advance(self._have(), "")
         pieced = have > 0
         for again in (True, False):
             pieced |= self._fill() > 1
@@ -117,9 +119,10 @@ class Transfer:
                 have = self._have()
                 failures = 0 if have > best else failures + 1
                 best = max(best, have)
-                if failures >= self.patience.tries:
+                if failures >= self.patience.tries or self.connections >= self.patience.connections:
+                    often = f"{failures} times in a row" if failures else f"after {self.connections} connections"
                     raise DownloadError(
-                        f"{self.source}: {error}, {failures} times in a row; {have} of {self.weights.size} bytes are "
+                        f"{self.source}: {error}, {often}; {have} of {self.weights.size} bytes are "
                         "there and kept for the next time. Check the network (proxies are taken from HTTPS_PROXY) and "
                         "start again."
                     ) from error
