@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from .. import zoo
 from ..artifact import file_digest
 from ..errors import LMHError
 from ..structures import input_count
-from ..zoo.registry import TORCHVISION, Card
+from ..zoo.models import model_names, packaged
+from ..zoo.registry import TORCHVISION
 from .architectures import EmptyOnMeta
 from .files import FileKind, kind_of_file
 from .loading import load_source
@@ -65,20 +67,25 @@ def describe_file(
     }
 
 
-def describe_card(card: Card) -> dict[str, Any]:
-    """Say what an architecture of the zoo or of torchvision is made of; no weights are read or downloaded.
+def describe_card(name: str) -> dict[str, Any]:
+    """Say what an ANN of the zoo or of torchvision is made of; no weights are read or downloaded.
+
+    Args:
+        name: as :func:`lmh.zoo.card` takes it.
 
     Returns:
         ``architecture``, ``kind``, ``num_classes``, ``input_size``, ``parameters``, ``layers``, ``weights``, where they
         come from, and ``next``, what converts it.
     """
+    card = zoo.card(name)
     with EmptyOnMeta():
         model = card.build(num_classes=card.num_classes)
-    home, named, note = "the zoo", f"zoo:{card.name}", ""
-    if card.name.startswith(TORCHVISION):
-        home, named, weights = "torchvision", card.name, "torchvision's, downloaded when it is converted"
-    elif card.weights is not None:
-        weights = f"in this package; `lmh zoo show {card.name}` says how they were trained"
+    home, named, note = "the zoo", f"zoo:{name}", ""
+    if name.startswith(TORCHVISION):
+        home, named, weights = "torchvision", name, "torchvision's, downloaded when it is converted"
+    elif name in model_names():
+        place = "in this package" if packaged(name) else "downloaded when they are wanted"
+        weights = f"{place}; `lmh zoo show {name}` says how they were trained"
     else:
         named, note, weights = f"FILE --arch {card.name}", " (FILE: of weights)", "none"
     return {

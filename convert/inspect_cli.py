@@ -13,7 +13,7 @@ from ..artifact import FORMAT, read_snn, read_tensors, user_path
 from ..errors import ArtifactError, SourceError
 from ..readout import READOUTS
 from ..records import frozen_value
-from ..zoo.registry import SNNS, TORCHVISION, Card
+from ..zoo.registry import TORCHVISION
 from .cli_inputs import source_options
 from .describe import card_lines, describe_card, describe_file, file_lines
 from .files import FileKind, kind_of_file
@@ -28,9 +28,9 @@ def inspect_command(file: str, as_json: bool, **options: Any) -> None:
 
     torchvision:NAME, and zoo:NAME of an ANN, are described without weights.
     """
-    card = _card(file)
-    if card is not None:
-        described = describe_card(card)
+    ann = _ann(file)
+    if ann is not None:
+        described = describe_card(ann)
         click.echo(json.dumps(described) if as_json else "\n".join(card_lines(described)))
         return
     path = zoo.snn_path(file) if file.startswith("zoo:") else user_path(file)
@@ -57,12 +57,11 @@ def inspect_command(file: str, as_json: bool, **options: Any) -> None:
             click.echo(f"{key}: {_text(manifest[key])}")
 
 
-def _card(file: str) -> Card | None:
-    """Return the card of an ANN that is named as ``torchvision:NAME`` or ``zoo:NAME``."""
+def _ann(file: str) -> str | None:
+    """Return the name of an ANN that is named as ``torchvision:NAME`` or ``zoo:NAME``."""
     name = file.removeprefix("zoo:")
-    if name.startswith(TORCHVISION) or (file.startswith("zoo:") and name not in SNNS):
-        return zoo.card(name)
-    return None
+    named = name.startswith(TORCHVISION) or (file.startswith("zoo:") and not zoo.is_spiking(name))
+    return name if named else None
 
 
 def is_spiking(path: Path) -> bool:

@@ -136,13 +136,7 @@ def load_again(
 
 def _by_name(name: str) -> Source:
     card = zoo.card(name.removeprefix("zoo:"))
-    try:
-        model = zoo.load(card.name)
-    except OSError as error:
-        raise SourceError(
-            f"{name}: its weights could not be downloaded ({error}); expected network access. Pass a weights file "
-            f"with --arch {name} instead."
-        ) from error
+    model = zoo.load(name.removeprefix("zoo:"))
     return Source(model, name, card, card.num_classes)
 
 

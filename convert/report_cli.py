@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -49,6 +50,25 @@ def report_command(
 ) -> None:
     """Load the spiking network FILE, or zoo:NAME, and measure it on the test split of --data."""
     terminal = Terminal(results=not as_json)
+    result = report(file, data, terminal, source, test_samples, seed, trust_pickle, modules, overrides)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        print_result(terminal.out, result)
+
+
+def report(
+    file: str,
+    data: str,
+    terminal: Terminal,
+    source: str | None = None,
+    test_samples: int | None = None,
+    seed: int = 0,
+    trust_pickle: bool = False,
+    modules: tuple[str, ...] = (),
+    overrides: Mapping[str, tuple[Any, ...] | None] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Measure a saved network and return the command's result."""
     snn = load(file, source, trust_pickle=trust_pickle, modules=modules)
     manifest = snn.meta[MANIFEST]
     preprocessing, assumed = stored_preprocessing(manifest, overrides)
@@ -64,13 +84,9 @@ def report_command(
     evaluation = evaluate(snn, terminal.track(batches, "measuring", batches.count), ann=ann)
     calibration = f"{manifest['calibration']['policy']}, {manifest['calibration']['samples']} samples"
     nodes = manifest.get("nodes", {"converted": manifest["sites"], "kept": [], "refused": []})
-    result = describe_network(
+    return describe_network(
         snn, source=file, calibration=calibration, nodes=nodes, evaluation=evaluation, notices=notices
     )
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        print_result(terminal.out, result)
 
 
 def stored_preprocessing(

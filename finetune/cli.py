@@ -201,7 +201,7 @@ def finetune_command(
 
 def _spikes(network: str) -> bool:
     if network.startswith("zoo:"):
-        return network.removeprefix("zoo:") in zoo.registry.SNNS
+        return zoo.is_spiking(network)
     return is_spiking(user_path(network))
 
 

@@ -10,6 +10,7 @@
     ├── CalibrationError        no threshold can be found with what was given
     ├── StateError              membrane state used outside its block or with another batch
     ├── TrainingError           fine-tuning cannot start or cannot go on
+    ├── DownloadError           a file that cannot be had whole and unaltered from where it lies
     └── ArtifactError           a spiking network that cannot be written, or read back
 
 A message says where, what came, what was expected, and what to do.
@@ -68,6 +69,10 @@ class StateError(LMHError):
 
 class TrainingError(LMHError):
     """Fine-tuning cannot start or cannot go on."""
+
+
+class DownloadError(LMHError):
+    """A file that cannot be had whole and unaltered from where it lies."""
 
 
 class ArtifactError(LMHError):

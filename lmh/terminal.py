@@ -5,11 +5,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 Advance = Callable[[int, str], None]
@@ -30,13 +39,20 @@ class Terminal:
         """Say a sentence."""
         self.log.print(text, markup=False)
 
-    @contextmanager
-    def stage(self, name: str, total: int | None) -> Iterator[Advance]:
+    def stage(self, name: str, total: int | None) -> AbstractContextManager[Advance]:
         """Show the progress of one stage; the block calls ``advance(steps, note)``."""
+        return self._progress(name, total, (MofNCompleteColumn(), TimeRemainingColumn()))
+
+    def transfer(self, name: str, total: int | None) -> AbstractContextManager[Advance]:
+        """Show the progress of a transfer; the block calls ``advance(bytes, note)``."""
+        return self._progress(name, total, (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()))
+
+    @contextmanager
+    def _progress(self, name: str, total: int | None, counts: Sequence[ProgressColumn]) -> Iterator[Advance]:
         started = time.monotonic()
         last = [""]
         if self.log.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (TextColumn("{task.description}"), BarColumn(), *counts)
             with Progress(*columns, TextColumn("{task.fields[note]}"), console=self.log, transient=True) as progress:
                 task = progress.add_task(name, total=total, note="")
 

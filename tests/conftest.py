@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lmh.convert import Conversion, convert
 from lmh.zoo import Batches, DataSet
 
 torch.set_num_threads(1)
+os.environ["LMH_HOME"] = str(Path(tempfile.gettempdir()) / f"lmh-tests-{os.getpid()}")  # not the user's own models
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

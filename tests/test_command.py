@@ -250,7 +250,7 @@ def test_the_zoo_lists_and_shows_what_it_has() -> None:
     assert listed["models"] == zoo.list_models()
     shown = command("zoo", "show", "digits-cnn", "--json").result
     assert (shown["input_size"], shown["num_classes"], shown["parameters"]) == ([1, 8, 8], 10, 21682)
-    assert shown["training"]["accuracy"] > 0.99
+    assert shown["card"]["ann_accuracy"] > 0.99
     text = command("zoo", "list").out + command("zoo", "show", "digits-cnn").out
     for word in ("digits-cnn", "torchvision:NAME", "input_size: [1, 8, 8]", "mean: [0.3054]"):
         assert word in text

@@ -13,6 +13,7 @@ from lmh.cli import lmh, run
 from lmh.errors import ArgumentError
 from lmh.zoo.cli import RECIPES, read_recipe
 from lmh.zoo.images import Batches
+from lmh.zoo.releases import card_of_file
 
 QUICK = """architecture = "digits-cnn"
 data = "digits"
@@ -52,6 +53,9 @@ def test_a_part_of_the_data_is_the_first_samples_of_the_seed(tmp_path: Path, mon
     assert torch.equal(chosen, zoo.seeded_order(zoo.load_data("digits").train, 3)[:64])
     _, facts = read_tensors(tmp_path / "out" / "digits-cnn.safetensors")
     assert facts["record"]["recipe"]["samples"] == 64
+    card = card_of_file("quick", tmp_path / "out" / "digits-cnn.safetensors", licence="MIT")
+    assert (card.architecture, card.num_classes, card.seed, card.samples) == ("digits-cnn", 10, 3, 360)
+    assert card.preprocessing == zoo.card("digits-cnn").preprocessing
 
 
 def test_another_key_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from .augmentation import AutoAugment, CropFlip, Cutout, ForCIFAR10, ForImageNet, ForSVHN, InTurn
 from .data import DataSet, load_data
 from .images import Batches, Preprocessing, seeded_order
-from .registry import Card, card, list_architectures, list_models, load, record, snn_path
+from .model_cards import ModelCard, SpikingCard
+from .models import card, is_spiking, list_models, load, model_card, record, snn_path
+from .registry import Card, list_architectures
 
 __all__ = [
     "AutoAugment",
@@ -16,12 +18,16 @@ __all__ = [
     "ForImageNet",
     "ForSVHN",
     "InTurn",
+    "ModelCard",
     "Preprocessing",
+    "SpikingCard",
     "card",
+    "is_spiking",
     "list_architectures",
     "list_models",
     "load",
     "load_data",
+    "model_card",
     "record",
     "seeded_order",
     "snn_path",

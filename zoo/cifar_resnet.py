@@ -1,15 +1,22 @@
-"""ResNets for 32×32 images with parameter-free shortcuts, option A (He et al. 2016, section 4.2).
+"""ResNets for 32×32 images: ResNet-20 and its deeper kin, ResNet-18, ResNet-19 and the wide ResNet-19.
 
-Where a block halves the resolution, the shortcut takes every second pixel and pads the new channels with
-zeros. Module names follow the widely shared PyTorch checkpoints of this family (``layer1.0.conv1``, …).
+Where a block changes its shape, the shortcut is either free of parameters (option A of He et al. 2016, section 4.2:
+every second pixel, new channels of zeros) or a 1×1 convolution with BatchNorm. Module names follow the widely shared
+PyTorch checkpoints of these families (``layer1.0.conv1``, …). What is not He et al.'s is the paper's code's: ResNet-19
+(Zheng et al. 2021) begins with 64 channels there, and ends in two linear layers.
 """
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 DEPTHS = (20, 32, 44, 56)
+
+Shortcut = Callable[[int, int, int], nn.Module]
 
 
 class PaddedShortcut(nn.Module):
@@ -24,10 +31,20 @@ class PaddedShortcut(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra))
 
 
+def padded(inputs: int, channels: int, stride: int) -> nn.Module:
+    """Return a shortcut without parameters, for a stride of 2."""
+    return PaddedShortcut((channels - inputs) // 2)
+
+
+def projected(inputs: int, channels: int, stride: int) -> nn.Module:
+    """Return a 1×1 convolution with BatchNorm."""
+    return nn.Sequential(nn.Conv2d(inputs, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels))
+
+
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut. [N, inputs, H, W] → [N, channels, H/stride, W/stride]."""
 
-    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+    def __init__(self, inputs: int, channels: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -35,7 +52,8 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.relu1 = nn.ReLU()
         self.relu2 = nn.ReLU()
-        self.shortcut = nn.Identity() if stride == 1 else PaddedShortcut((channels - inputs) // 2)
+        same = stride == 1 and inputs == channels
+        self.shortcut = nn.Identity() if same else shortcut(inputs, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return relu(shortcut(x) + f(x))."""
@@ -44,28 +62,84 @@ class BasicBlock(nn.Module):
         return self.relu2(out + self.shortcut(x))
 
 
-class CifarResNet(nn.Module):
-    """Three stages of (depth − 2)/6 blocks with 16, 32, 64 channels. [N, 3, 32, 32] → [N, classes]."""
+class StagedResNet(nn.Module):
+    """A stem, stages of blocks, a pool and linear layers. [N, inputs, H, W] → [N, classes].
 
-    def __init__(self, depth: int = 20, num_classes: int = 10) -> None:
+    Args:
+        stem: channels of the first convolution.
+        stages: (channels, blocks) of each; every stage but the first halves the resolution.
+        shortcut: where a block changes its shape.
+        pool: from the last stage's maps to what is flattened.
+        linear: from that to the logits.
+        inputs: channels of the images.
+    """
+
+    def __init__(
+        self,
+        stem: int,
+        stages: Sequence[tuple[int, int]],
+        shortcut: Shortcut,
+        pool: nn.Module,
+        linear: nn.Module,
+        inputs: int = 3,
+    ) -> None:
         super().__init__()
-        blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.conv1 = nn.Conv2d(inputs, stem, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.ReLU()
-        self.layer1 = self._stage(16, 16, blocks, stride=1)
-        self.layer2 = self._stage(16, 32, blocks, stride=2)
-        self.layer3 = self._stage(32, 64, blocks, stride=2)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(64, num_classes)
-
-    @staticmethod
-    def _stage(inputs: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(inputs, channels, stride)
-        return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+        self.stages = tuple(f"layer{index}" for index in range(1, len(stages) + 1))
+        before = stem
+        for name, (channels, blocks) in zip(self.stages, stages, strict=True):
+            first = BasicBlock(before, channels, 1 if name == "layer1" else 2, shortcut)
+            rest = (BasicBlock(channels, channels, 1, shortcut) for _ in range(blocks - 1))
+            self.add_module(name, nn.Sequential(first, *rest))
+            before = channels
+        self.pool = pool
+        self.linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits."""
         x = self.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        for name in self.stages:
+            x = self.get_submodule(name)(x)
         return self.linear(self.pool(x).flatten(1))
+
+
+class CifarResNet(StagedResNet):
+    """Three stages of (depth − 2)/6 blocks with 16, 32, 64 channels. [N, 3, 32, 32] → [N, classes]."""
+
+    def __init__(self, depth: int = 20, num_classes: int = 10, shortcut: Shortcut = padded) -> None:
+        stages = [(channels, (depth - 2) // 6) for channels in (16, 32, 64)]
+        super().__init__(16, stages, shortcut, nn.AdaptiveAvgPool2d(1), nn.Linear(64, num_classes))
+
+
+def resnet20(num_classes: int = 10) -> nn.Module:
+    """Return ResNet-20 with projections, the one of QCFS and of the paper."""
+    return CifarResNet(20, num_classes, projected)
+
+
+def resnet18(num_classes: int = 10) -> nn.Module:
+    """Return ResNet-18 with a 3×3 stem and no max-pool."""
+    stages = ((64, 2), (128, 2), (256, 2), (512, 2))
+    return StagedResNet(64, stages, projected, nn.AdaptiveAvgPool2d(1), nn.Linear(512, num_classes))
+
+
+def resnet19(num_classes: int = 10, inputs: int = 3) -> nn.Module:
+    """Return ResNet-19; with ``inputs=2`` for event frames."""
+    linear = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, num_classes))
+    return StagedResNet(64, _NINETEEN, projected, nn.AdaptiveAvgPool2d(1), linear, inputs)
+
+
+def wide_resnet19(num_classes: int = 10) -> nn.Module:
+    """Return the wide ResNet-19: 128 channels from the stem on, and 4×4 pixels of the last maps are kept."""
+    dropout1, dropout2 = nn.Dropout(0.25), nn.Dropout(0.25)
+    linear1, linear2 = nn.Linear(512 * 4 * 4, 256), nn.Linear(256, num_classes)
+    linear = nn.Sequential(OrderedDict(dropout1=dropout1, linear1=linear1, dropout2=dropout2, linear2=linear2))
+    model = StagedResNet(128, _NINETEEN, projected, nn.AvgPool2d(2), linear)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+_NINETEEN = ((128, 3), (256, 3), (512, 2))

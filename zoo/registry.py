@@ -1,27 +1,32 @@
-"""The registry: every architecture by name, and which of them come with weights."""
+"""The registry of architectures: every one by name, the zoo's own and torchvision's classifiers."""
 
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 
 from ..errors import ArgumentError
 from ..torchvision_shim import torchvision
 from .augmentation import CropFlip
-from .cifar_resnet import DEPTHS, CifarResNet
-from .cifar_vgg import CifarVGG11
+from .cifar_resnet import DEPTHS, CifarResNet, resnet18, resnet19, resnet20, wide_resnet19
+from .cifarnet import CIFARNet
 from .digits_cnn import DigitsCNN
 from .images import Preprocessing
+from .ms_resnet import MSResNet34
+from .sew_resnet import sew_resnet18, sew_resnet34
+from .vgg import vgg11, vgg13, vgg16, vgg_dvs
 
-IMAGENET = Preprocessing((3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET = Preprocessing((3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
+CIFAR10 = Preprocessing((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+TINY_IMAGENET = Preprocessing((3, 64, 64), IMAGENET_MEAN, IMAGENET_STD)
+EVENTS = Preprocessing((2, 48, 48), (0.0, 0.0), (1.0, 1.0))
+TORCHVISION = "torchvision:"
 
 
 @dataclass(frozen=True)
@@ -30,168 +35,113 @@ class Card:
 
     Attributes:
         name: as the user types it, ``digits-cnn`` or ``torchvision:resnet18``.
+        family: that it belongs to, such as ``resnet`` or ``torchvision``.
         build: makes the network, with ``num_classes=`` where the family takes it.
         preprocessing: input size and normalisation that it was made for.
         augmentation: what its training applies to images.
         num_classes: of its usual data set.
-        weights: file in the package that holds trained weights, or None.
     """
 
     name: str
+    family: str
     build: Callable[..., nn.Module]
     preprocessing: Preprocessing
     augmentation: CropFlip
     num_classes: int
-    weights: str | None = None
 
 
+_DIGITS = Preprocessing((1, 8, 8), (0.3054,), (0.3760,))
+_FOUR, _FLIP = CropFlip(padding=4, flip=True), CropFlip(padding=0, flip=True)
+_SHARED = Preprocessing((3, 32, 32), IMAGENET_MEAN, IMAGENET_STD)  # of the widely shared option-A weights
 _CARDS = [
-    Card(
-        "digits-cnn",
-        DigitsCNN,
-        Preprocessing((1, 8, 8), (0.3054,), (0.3760,)),
-        CropFlip(padding=1, flip=False),
-        10,
-        weights="digits-cnn.safetensors",
-    ),
-    *(
-        Card(
-            f"cifar10-resnet{depth}-a",
-            partial(CifarResNet, depth),
-            Preprocessing((3, 32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-            CropFlip(padding=4, flip=True),
-            10,
-        )
-        for depth in DEPTHS
-    ),
-    Card(
-        "cifar10-vgg11-bn",
-        CifarVGG11,
-        Preprocessing((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-        CropFlip(padding=4, flip=True),
-        10,
-    ),
+    Card("digits-cnn", "digits", DigitsCNN, _DIGITS, CropFlip(padding=1, flip=False), 10),
+    Card("cifar10-resnet18", "resnet", resnet18, CIFAR10, _FOUR, 10),
+    Card("cifar10-resnet19", "resnet", resnet19, CIFAR10, _FOUR, 10),
+    Card("cifar10-resnet19-wide", "resnet", wide_resnet19, CIFAR10, _FOUR, 10),
+    Card("cifar10-resnet20", "resnet", resnet20, CIFAR10, _FOUR, 10),
+    *(Card(f"cifar10-resnet{depth}-a", "resnet", partial(CifarResNet, depth), _SHARED, _FOUR, 10) for depth in DEPTHS),
+    Card("cifar10-vgg11-bn", "vgg", vgg11, CIFAR10, _FOUR, 10),
+    Card("cifar10-vgg13-bn", "vgg", vgg13, CIFAR10, _FOUR, 10),
+    Card("cifar10-vgg16-bn", "vgg", vgg16, CIFAR10, _FOUR, 10),
+    Card("cifar10-cifarnet", "cifarnet", CIFARNet, CIFAR10, _FOUR, 10),
+    Card("tinyimagenet-vgg13-bn", "vgg", partial(vgg13, num_classes=200, side=64), TINY_IMAGENET, _FLIP, 200),
+    Card("cifar10dvs-vgg", "vgg", vgg_dvs, EVENTS, _FLIP, 10),
+    Card("cifar10dvs-resnet19", "resnet", partial(resnet19, inputs=2), EVENTS, _FLIP, 10),
+    Card("imagenet-sew-resnet18", "sew-resnet", sew_resnet18, IMAGENET, _FLIP, 1000),
+    Card("imagenet-sew-resnet34", "sew-resnet", sew_resnet34, IMAGENET, _FLIP, 1000),
+    Card("imagenet-ms-resnet34", "ms-resnet", MSResNet34, IMAGENET, _FLIP, 1000),
 ]
 CARDS = {card.name: card for card in _CARDS}
-_WEIGHTS = Path(__file__).parent / "weights"
-SNNS = {"digits-cnn-t4": "digits-cnn-snn-T4.safetensors"}
-TORCHVISION = "torchvision:"
 
 
-def list_models() -> list[str]:
-    """Return the names that :func:`load` finds weights for.
+def list_architectures(*, family: str | None = None) -> list[str]:
+    """Return the names of the zoo's own architectures, or of one family; torchvision's are ``torchvision:NAME``.
 
-    >>> "digits-cnn" in list_models()
+    Args:
+        family: such as ``resnet``; ``torchvision`` gives torchvision's classifiers.
+
+    Raises:
+        ArgumentError: for an unknown family, with the nearest ones.
+
+    >>> list_architectures(family="sew-resnet")
+    ['imagenet-sew-resnet18', 'imagenet-sew-resnet34']
+    >>> "torchvision:resnet18" in list_architectures(family="torchvision")
     True
     """
-    return [name for name, card in CARDS.items() if card.weights is not None]
+    if family is None:
+        return list(CARDS)
+    if family == TORCHVISION[:-1]:
+        return [TORCHVISION + name for name in _classifiers()]
+    families = list(dict.fromkeys(card.family for card in CARDS.values()))
+    if family not in families:
+        known = ", ".join([*families, TORCHVISION[:-1]])
+        raise ArgumentError(f"family {family!r} is not known; expected one of {known}. Leave it out to list all.")
+    return [name for name, card in CARDS.items() if card.family == family]
 
 
-def list_architectures() -> list[str]:
-    """Return the names of the zoo's own architectures; torchvision's are ``torchvision:NAME``.
-
-    >>> "cifar10-resnet20-a" in list_architectures()
-    True
-    """
-    return list(CARDS)
-
-
-def card(name: str) -> Card:
+def architecture(name: str, others: Iterable[str] = ()) -> Card:
     """Return an architecture's card.
 
     Args:
         name: of the zoo, or ``torchvision:NAME``.
+        others: names that may have been meant as well.
 
     Raises:
         ArgumentError: for an unknown name, with the nearest ones.
 
-    >>> card("cifar10-resnet20-a").preprocessing.input_size
+    >>> architecture("cifar10-resnet20-a").preprocessing.input_size
     (3, 32, 32)
-    >>> card("torchvision:resnet18").num_classes
+    >>> architecture("torchvision:resnet18").num_classes
     1000
     """
     if name in CARDS:
         return CARDS[name]
-    models = torchvision().models if name.startswith(TORCHVISION) else None
-    if models is not None and name.removeprefix(TORCHVISION) in models.list_models(module=models):
+    of_torchvision = _classifiers()
+    if name.startswith(TORCHVISION) and name.removeprefix(TORCHVISION) in of_torchvision:
         build = partial(_torchvision_model, name.removeprefix(TORCHVISION))
-        return Card(name, build, IMAGENET, CropFlip(padding=0, flip=True), 1000)
-    known = [*CARDS, *(TORCHVISION + other for other in models.list_models(module=models))] if models else list(CARDS)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+        return Card(name, TORCHVISION[:-1], build, IMAGENET, _FLIP, 1000)
+    near = nearest_names(name, [*CARDS, *others, *(TORCHVISION + other for other in of_torchvision)])
     raise ArgumentError(
-        f"architecture {name!r} is not known; nearest: {', '.join(near) or 'none'}. "
+        f"architecture {name!r} is not known; nearest: {near}. "
         "`lmh zoo list` shows the zoo; torchvision's classifiers are torchvision:NAME."
     )
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """Return the known names that a user may have meant, as a part of a sentence.
+
+    >>> nearest_names("resnet-20", ["cifar10-resnet20", "digits-cnn"])
+    'cifar10-resnet20'
+    """
+    return ", ".join(difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.3)) or "none"
+
+
+def _classifiers() -> list[str]:
+    models = torchvision().models
+    return models.list_models(module=models)
 
 
 def _torchvision_model(name: str, num_classes: int = 1000) -> nn.Module:
     auxiliary = name in ("googlenet", "inception_v3")  # their extra heads serve training only
     extra: dict[str, Any] = {"init_weights": False, "aux_logits": False} if auxiliary else {}
     return torchvision().models.get_model(name, weights=None, num_classes=num_classes, **extra)
-
-
-def load(name: str) -> nn.Module:
-    """Return a pretrained ANN in eval mode.
-
-    Args:
-        name: one of :func:`list_models`, or ``torchvision:NAME`` for torchvision's default weights.
-
-    Raises:
-        ArgumentError: for an unknown name, or one that has no weights here.
-
-    >>> sum(p.numel() for p in load("digits-cnn").parameters())
-    21682
-    """
-    found = card(name)
-    if found.name.startswith(TORCHVISION):
-        return torchvision().models.get_model(name.removeprefix(TORCHVISION), weights="DEFAULT").eval()
-    if found.weights is None:
-        raise ArgumentError(
-            f"zoo:{name}: the zoo has this architecture but no weights for it; "
-            f"with weights: {', '.join(list_models())}. Pass a weights file and --arch {name}."
-        )
-    model = found.build()
-    with safe_open(_WEIGHTS / found.weights, framework="pt") as file:
-        model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-    return model.eval()
-
-
-def record(name: str) -> dict[str, Any]:
-    """Return how a model's weights came about: recipe, seed, accuracy, as written by its training run.
-
-    Args:
-        name: one of :func:`list_models`.
-
-    Raises:
-        ArgumentError: for a model without weights.
-
-    >>> record("digits-cnn")["accuracy"] > 0.99
-    True
-    """
-    found = card(name)
-    if found.weights is None:
-        raise ArgumentError(
-            f"zoo:{name} has no weights, so there is no record; with weights: {', '.join(list_models())}."
-        )
-    with safe_open(_WEIGHTS / found.weights, framework="pt") as file:
-        return json.loads(file.metadata()["record"])
-
-
-def snn_path(name: str) -> Path:
-    """Return the file of a ready spiking network.
-
-    Args:
-        name: ``zoo:NAME`` of a spiking network.
-
-    Raises:
-        ArgumentError: for an unknown name.
-
-    >>> snn_path("zoo:digits-cnn-t4").name
-    'digits-cnn-snn-T4.safetensors'
-    """
-    file = SNNS.get(name.removeprefix("zoo:"))
-    if file is None:
-        raise ArgumentError(
-            f"{name}: not a spiking network of the zoo; expected one of {', '.join('zoo:' + n for n in SNNS)}."
-        )
-    return _WEIGHTS / file

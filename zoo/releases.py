@@ -1,0 +1,289 @@
+"""Releases: a folder of weights, cards and an index with their hashes, which one person uploads and others add."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+from ..artifact import FORMAT as SNN_FORMAT
+from ..artifact import file_digest, is_there, read_snn, read_tensors, user_path, write_atomically
+from ..errors import ArgumentError, ArtifactError, DownloadError
+from .cache import SUFFIX, offline
+from .images import Preprocessing
+from .locations import PACKAGE, HubFile, LocalFile, Packaged, parsed_location
+from .model_cards import NAME, ModelCard, SpikingCard, card_json, card_markdown, read_card
+from .models import added
+from .registry import architecture
+from .transfer import Weights, small_file
+
+INDEX = "index.json"
+INDEX_FORMAT = "lmh-zoo"
+INDEX_VERSION = 1
+
+
+def card_of_file(
+    name: str, path: Path, *, licence: str, base: str = "", measured: Mapping[str, Any] | None = None
+) -> ModelCard:
+    """Return the card of a file of weights, from what its writer put into it.
+
+    Args:
+        name: that the model shall have.
+        path: of what ``lmh zoo train`` wrote, or of a saved spiking network.
+        licence: of the weights.
+        base: address of the folder that it will lie in; unless given, the card's own folder.
+        measured: of a spiking network, what ``lmh report --json`` prints.
+
+    Raises:
+        ArgumentError: for a name that no file can have.
+        ArtifactError: if the file does not say what it is made of, or nobody else could build it again.
+    """
+    if not re.fullmatch(NAME, name):
+        raise ArgumentError(
+            f"name {name!r}: expected letters, digits, dots, dashes, as in cifar10-resnet20-t4. Rename."
+        )
+    if path.suffix != SUFFIX:
+        raise ArtifactError(
+            f"{path}: expected a {SUFFIX} file, as other formats can run code. Train or convert it here."
+        )
+    tensors, metadata = read_tensors(path)
+    weights = Weights(base + path.name, file_digest(path), path.stat().st_size)
+    if metadata.get("format") == SNN_FORMAT:
+        return _spiking_card(name, path, licence, weights, measured)
+    facts = metadata.get("record")
+    if not isinstance(facts, dict):
+        raise ArtifactError(
+            f"{path}: {len(tensors)} tensors without a record of how they came about; expected what `lmh zoo train` "
+            "or lmh-convert wrote. Train it by a recipe."
+        )
+    recipe = facts["recipe"]
+    found = architecture(recipe["architecture"])
+    return ModelCard(
+        name=name,
+        architecture=found.name,
+        num_classes=facts.get("num_classes", found.num_classes),
+        preprocessing=_preprocessing(facts.get("preprocessing")) or found.preprocessing,
+        data=data_name(recipe["data"]),
+        recipe=recipe,
+        seed=recipe["seed"],
+        ann_accuracy=facts["accuracy"],
+        samples=facts["test_samples"],
+        licence=licence,
+        command=facts["command"],
+        versions=facts["versions"],
+        weights=weights,
+    )
+
+
+def _spiking_card(
+    name: str, path: Path, licence: str, weights: Weights, measured: Mapping[str, Any] | None
+) -> SpikingCard:
+    manifest = read_snn(path)[1]
+    source, preprocessing = manifest["source"], _preprocessing(manifest.get("preprocessing"))
+    if source["architecture"] is None:
+        raise ArtifactError(
+            f"{path}: was made from {source['name'] or 'a module'}, not from an architecture of the zoo, so nobody "
+            "else could build it; expected one of `lmh zoo list`. Export it as ONNX or pt2 instead."
+        )
+    figures = dict(manifest.get("metrics") or {})
+    figures |= {key: value for key, value in (measured or {}).items() if value is not None}
+    energy, accuracy = (measured or {}).get("energy"), figures.get("snn_accuracy")
+    rates = {site["path"]: site["firing_rate"] for site in (measured or {}).get("sites", [])}
+    return SpikingCard(
+        name=name,
+        architecture=source["architecture"],
+        num_classes=source["num_classes"],
+        preprocessing=preprocessing or architecture(source["architecture"]).preprocessing,
+        data=None if manifest.get("data") is None else data_name(manifest["data"]),
+        recipe={key: manifest[key] for key in ("calibration", "training", "epochs") if key in manifest},
+        seed=manifest.get("seed"),
+        ann_accuracy=figures.get("ann_accuracy"),
+        samples=figures.get("samples"),
+        licence=licence,
+        command=manifest.get("command"),
+        versions=manifest.get("versions", {}),
+        weights=weights,
+        timesteps=manifest["recipe"]["timesteps"],
+        accuracy=None if accuracy is None else tuple(accuracy),
+        firing_rate=rates or None,
+        energy=None if energy is None else {
+            key: energy[key] for key in ("snn_pj", "ann_pj", "synops", "snn_macs", "ann_macs")
+        },
+    )  # fmt: skip
+
+
+def _preprocessing(plain: Mapping[str, Any] | None) -> Preprocessing | None:
+    if plain is None:
+        return None
+    return Preprocessing(*(tuple(plain[name]) for name in ("input_size", "mean", "std")))
+
+
+def data_name(spec: str) -> str:
+    """Return the name of a data set from its SPEC.
+
+    >>> [data_name(spec) for spec in ("digits", "cifar100:/data", "npz:/data/cifar10.npz", "folder:/data/flowers")]
+    ['digits', 'cifar100', 'cifar10', 'flowers']
+    """
+    kind, _, where = spec.partition(":")
+    return Path(where).stem if kind in ("npz", "folder") else kind
+
+
+def publish(cards: Sequence[tuple[ModelCard, Path]], folder: Path) -> Path:
+    """Write a release: weights, a JSON card and a page for each model, and an index with all hashes.
+
+    A release that is there already is extended.
+
+    Args:
+        cards: each with its file.
+        folder: made unless it is there.
+
+    Returns:
+        The index's path.
+
+    Raises:
+        ArtifactError: if something cannot be written, or two models would share a file.
+    """
+    _make(folder)
+    index = folder / INDEX
+    models = _index(index.read_text(encoding="utf-8"), str(index)) if is_there(index) else {}
+    taken = {entry["weights"]: (name, entry["sha256"]) for name, entry in models.items()}
+    for card, path in cards:
+        owner, digest = taken.setdefault(path.name, (card.name, card.weights.sha256))
+        if owner != card.name and digest != card.weights.sha256:
+            raise ArtifactError(f"{folder / path.name}: is the file of {owner} already; rename the one of {card.name}.")
+        text = json.dumps(card_json(card), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        write_atomically(folder / path.name, path.read_bytes())
+        write_atomically(folder / f"{card.name}.json", text.encode())
+        write_atomically(folder / f"{card.name}.md", card_markdown(card).encode())
+        models[card.name] = {
+            "card": f"{card.name}.json",
+            "card_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "weights": path.name,
+            "sha256": card.weights.sha256,
+            "size": card.weights.size,
+        }
+    found = {"format": INDEX_FORMAT, "version": INDEX_VERSION, "models": models}
+    write_atomically(index, (json.dumps(found, indent=2, sort_keys=True) + "\n").encode())
+    lines = sorted({f"{entry['sha256']}  {entry['weights']}\n" for entry in models.values()})
+    lines += sorted(f"{entry['card_sha256']}  {entry['card']}\n" for entry in models.values())
+    write_atomically(folder / "SHA256SUMS", "".join(lines).encode())
+    return index
+
+
+def add(address: str) -> list[ModelCard]:
+    """Take the cards of a release, so that its models can be named as the package's are.
+
+    Args:
+        address: of its index or of one card: a path, or as weights are located.
+
+    Returns:
+        The cards that were added or replaced.
+
+    Raises:
+        DownloadError: if it cannot be had, or a card has another hash than the index says.
+        ArtifactError: if it is neither, damaged, or newer than this code.
+        ArgumentError: for a location of another kind, or a name of the package's own.
+    """
+    where = _address(address)
+    text = _small_text(where)
+    if _is_index(text):
+        cards = []
+        for name, entry in _index(text, where).items():
+            beside = _beside(where, entry["card"])
+            inner = _small_text(beside)
+            if hashlib.sha256(inner.encode()).hexdigest() != entry["card_sha256"]:
+                raise DownloadError(
+                    f"{beside}: its sha256 is not the one in {where}; expected {entry['card_sha256']}. Nothing was "
+                    f"added. Tell whoever published {name}."
+                )
+            cards.append(_placed(read_card(inner, beside), beside))
+    else:
+        cards = [_placed(read_card(text, where), where)]
+    for card in cards:
+        if is_there(PACKAGE / f"{card.name}.json"):
+            raise ArgumentError(
+                f"{where}: {card.name} is a model of the package; expected another name. Rename it there."
+            )
+    _make(added())
+    for card in cards:
+        text = json.dumps(card_json(card), indent=2, sort_keys=True, ensure_ascii=False)
+        write_atomically(added() / f"{card.name}.json", text.encode())
+    return cards
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder}: cannot be made ({error.strerror or error}); expected a writable place. Choose another one."
+        ) from error
+
+
+def _address(text: str) -> str:
+    if re.match(r"(https?|file|hf):", text):
+        return text
+    path = user_path(text)
+    return (path / INDEX if is_there(path) and path.is_dir() else path).resolve().as_uri()
+
+
+def _beside(where: str, name: str) -> str:
+    """Return the address of a file in the folder of another, unless it is an address itself."""
+    if re.match(r"(https?|file|hf|package):", name):
+        return name
+    if where.startswith("hf:"):
+        file, _, revision = where.partition("@")
+        return f"{file.rpartition('/')[0]}/{name}" + (f"@{revision}" if revision else "")
+    return urljoin(where, name)
+
+
+def _placed(card: ModelCard, where: str) -> ModelCard:
+    """Return a card whose weights are located from anywhere."""
+    location = _beside(where, card.weights.location)
+    parsed_location(location)
+    return replace(card, weights=replace(card.weights, location=location))
+
+
+def _small_text(where: str) -> str:
+    """Return the text of a small file at an address."""
+    source = parsed_location(where)
+    if isinstance(source, Packaged):
+        raise ArgumentError(f"{where}: the package's cards are there already; expected another address.")
+    if not isinstance(source, LocalFile) and (variable := offline()):
+        raise DownloadError(f"{where}: {variable} forbids to ask for it; expected a path. Unset {variable}.")
+    if isinstance(source, HubFile):
+        with tempfile.TemporaryDirectory() as folder:
+            data = source.fetch(Path(folder)).read_bytes()
+    else:
+        data = small_file(source)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{where}: not a text; expected an index or a card in JSON. Name such a file.") from error
+
+
+def _is_index(text: str) -> bool:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("format") == INDEX_FORMAT
+
+
+def _index(text: str, where: str) -> dict[str, dict[str, Any]]:
+    found = json.loads(text)
+    version, models = found.get("version"), found.get("models")
+    if isinstance(version, int) and version > INDEX_VERSION:
+        raise ArtifactError(
+            f"{where}: index version {version}; this lmh reads up to {INDEX_VERSION}. Update lmh-convert."
+        )
+    keys = {"card", "card_sha256", "weights", "sha256", "size"}
+    if version != INDEX_VERSION or not isinstance(models, dict) or any(keys - set(entry) for entry in models.values()):
+        raise ArtifactError(f"{where}: a damaged index; expected what `lmh zoo publish` writes. Publish it again.")
+    return models

@@ -1,0 +1,128 @@
+"""``lmh zoo download``, ``verify``, ``export-card``, ``add`` and ``publish``: weights and what is said of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..artifact import FORMAT, file_digest, is_there, read_tensors, user_path, write_atomically
+from ..errors import ArgumentError
+from ..terminal import Terminal
+from .cache import is_whole, resting_place
+from .locations import parsed_location
+from .model_cards import ModelCard, card_json, card_markdown
+from .models import download, model_card, model_names, packaged
+from .releases import add, card_of_file, publish
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@click.command("download")
+@click.argument("names", nargs=-1, metavar="NAME…")
+@click.option("--all", "every", is_flag=True, help="All models of the zoo.")
+@JSON
+def download_command(names: tuple[str, ...], every: bool, as_json: bool) -> None:
+    """Download the weights of models, or of torchvision:NAME, unless they are there, and print where they are."""
+    if bool(names) == every:
+        raise click.UsageError("expected names of models, or --all.")
+    terminal = Terminal(results=not as_json)
+    found = []
+    for name in model_names() if every else names:
+        file = download(name.removeprefix("zoo:"), terminal)
+        found.append({"name": name, "file": str(file), "sha256": file_digest(file), "size": file.stat().st_size})
+    _print({"models": found}, [f"{entry['name']}: {entry['file']}" for entry in found], as_json)
+
+
+@click.command("verify")
+@click.argument("names", nargs=-1, metavar="[NAME…]")
+@JSON
+def verify_command(names: tuple[str, ...], as_json: bool) -> int:
+    """Check the sha256 of all weights that are here, or of some. A wrong file of the cache is removed."""
+    found = [_verified(name.removeprefix("zoo:")) for name in names or model_names()]
+    lines = [f"{entry['name']}: {entry['state']} ({entry['file']})" for entry in found]
+    _print({"models": found}, lines, as_json)
+    return int(any(entry["state"].startswith("wrong") for entry in found))
+
+
+def _verified(name: str) -> dict[str, Any]:
+    weights = model_card(name).weights
+    file = resting_place(weights)
+    state = "absent"
+    if is_whole(file, weights):
+        state = "good"
+    elif is_there(file) and packaged(name):
+        state = "wrong; install lmh-convert again"
+    elif is_there(file):
+        try:
+            file.unlink()
+            state = "wrong, removed; `lmh zoo download` fetches it again"
+        except OSError as error:
+            state = f"wrong, and cannot be removed ({error.strerror or error})"
+    return {"name": name, "state": state, "file": str(file), "sha256": weights.sha256}
+
+
+@click.command("export-card")
+@click.argument("name")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write, unless it is printed.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON in the place of Markdown.")
+def export_card_command(name: str, output: Path | None, as_json: bool) -> None:
+    """Print a model's card as a page in Markdown, as the Hugging Face Hub shows it."""
+    card = model_card(name)
+    text = json.dumps(card_json(card), ensure_ascii=False) + "\n" if as_json else card_markdown(card)
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        write_atomically(output, text.encode())
+
+
+@click.command("add")
+@click.argument("address")
+@JSON
+def add_command(address: str, as_json: bool) -> None:
+    """Take the cards of a release: its index or one card, at a path, https://…, file://… or hf:ORG/REPO/FILE."""
+    cards = add(address)
+    _print({"models": [card_json(card) for card in cards]}, [f"{card.name}: added" for card in cards], as_json)
+
+
+@click.command("publish")
+@click.argument("files", nargs=-1, required=True, metavar="[NAME=]FILE…")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the release.")
+@click.option("--base", metavar="URL", help="Where the folder will lie; unless given, cards find files beside them.")
+@click.option("--licence", default="Apache-2.0", show_default=True, help="Of the weights, an SPDX identifier.")
+@click.option("--data", metavar="SPEC", help="Measure spiking networks on its test split, for firing rates and energy.")
+@JSON
+def publish_command(
+    files: tuple[str, ...], out: Path, base: str | None, licence: str, data: str | None, as_json: bool
+) -> None:
+    """Write a release: a folder with weights, a card for each, and an index with their hashes, ready to be uploaded."""
+    terminal = Terminal(results=not as_json)
+    folder = "" if base is None else base if base.endswith(("/", ":")) else f"{base}/"
+    cards: list[tuple[ModelCard, Path]] = []
+    for text in files:
+        name, _, file = text.rpartition("=")
+        path = user_path(file)
+        if folder:
+            parsed_location(folder + path.name)
+        measured = _measured(path, data, terminal) if data is not None else None
+        cards.append((card_of_file(name or path.stem, path, licence=licence, base=folder, measured=measured), path))
+    doubled = {card.name for card, _ in cards if [other.name for other, _ in cards].count(card.name) > 1}
+    if doubled:
+        raise ArgumentError(f"{', '.join(sorted(doubled))}: named twice; expected a name for each. Pass NAME=FILE.")
+    index = publish(cards, out)
+    lines = [f"{card.name}: {out / path.name}" for card, path in cards] + [f"Written: {index}"]
+    _print({"index": str(index), "models": [card_json(card) for card, _ in cards]}, lines, as_json)
+
+
+def _measured(path: Path, data: str, terminal: Terminal) -> dict[str, Any] | None:
+    from ..convert.report_cli import report
+
+    if read_tensors(path)[1].get("format") != FORMAT:
+        return None
+    return report(str(path), data, terminal)
+
+
+def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
+    click.echo(json.dumps(result, ensure_ascii=False) if as_json else "\n".join(lines))
