@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .kernels import Kernel, use_kernel
     from .qcfs import QCFS
     from .readout import DelayedReadout, MeanReadout, WeightedReadout
+    from .recomputed import spikes_as_bits
     from .spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, kernels_used, sites
     from .time_axis import carry_state, per_step, prefixes
 
@@ -33,6 +34,7 @@ _HOMES = {
     ),
     **dict.fromkeys(("DelayedReadout", "MeanReadout", "WeightedReadout"), "readout"),
     **dict.fromkeys(("Kernel", "use_kernel"), "kernels"),
+    "spikes_as_bits": "recomputed",
     **dict.fromkeys(("carry_state", "per_step", "prefixes"), "time_axis"),
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "per_step",
     "prefixes",
     "sites",
+    "spikes_as_bits",
     "use_kernel",
 ]
 

@@ -1,5 +1,8 @@
 """The neurons of a site as one autograd function over all steps, which keeps nothing but its input current.
 
+Where the current can be computed again not even that is kept, and of the output a bit for every spike: see
+lmh/recomputed.py.
+
 The forward pass is :func:`lmh.neurons.lmh_step`, step by step. The backward pass runs these steps again and
 then :func:`lmh.neurons.lmh_step_adjoint` from the last to the first, so no potential is kept between the two. Both
 passes are plain functions of tensors, run as they are (FUSED) or compiled (COMPILED): see lmh/kernels.py.
@@ -25,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from .kernels import Kernel, compiles, program
 from .memory_order import Order
 from .neurons import Coefficients, Moment, State, charge, lmh_run, lmh_step, lmh_step_adjoint, spikes
+from .recomputed import Spikes, packed, source_of
 from .surrogates import Surrogate
 
 
@@ -67,7 +71,7 @@ def forward_pass(
         values: θ, λ_S, λ_D, μ_S, μ_D, each [] or [M], behind a first axis of T if per step.
 
     Returns:
-        θ s, [T·M] in the dtype of the current, and v_D[T] and v_S[T] if wanted.
+        θ s, [T·M] in the dtype of the current, the spikes of :func:`packed`, and v_D[T] and v_S[T] if wanted.
     """
     outputs, state = [], State(v_dendrite, v_soma)
     for t in range(job.steps):
@@ -75,7 +79,8 @@ def forward_pass(
         current = job.current(currents, t).to(now.v_threshold.dtype)
         output, state = lmh_step(current, state, now, job.surrogate)
         outputs.append(output.to(currents.dtype))
-    return (torch.cat(outputs), *state) if keep else (torch.cat(outputs),)
+    found = torch.cat(outputs), packed(outputs)
+    return (*found, *state) if keep else found
 
 
 def backward_pass(
@@ -182,9 +187,9 @@ class _Call:
         return () if self.job.static else (self.job.steps,)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The output, [T·N, C, *F], and the last state if it is kept, [N, C, *F]."""
-        output, *last = self.run(forward_pass, self.keep, *self.flat(*tensors))
-        return self.order.restore(output, self.job.steps), *(self.order.restore(potential) for potential in last)
+        """The output, [T·N, C, *F], its bits, and the last state if it is kept, [N, C, *F]."""
+        output, bits, *last = self.run(forward_pass, self.keep, *self.flat(*tensors))
+        return self.order.restore(output, self.job.steps), bits, *(self.order.restore(potential) for potential in last)
 
     def backward(self, wanted: tuple[bool, ...], grad_output: Tensor, *tensors: Tensor) -> list[Tensor | None]:
         """The gradients of the current, of v_S[0] and of the values, each of its shape."""
@@ -204,9 +209,13 @@ class _Neurons(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        current, *others = tensors
+        output, bits, *last = call.forward(*tensors)
+        job, theta = call.job, others[2].detach()
         ctx.call = call
-        ctx.save_for_backward(*tensors)
-        output, *last = call.forward(*tensors)
+        ctx.spikes = Spikes(bits, theta, job.per_step, job.steps, call.order, output.dtype)
+        ctx.source = source_of(current)
+        ctx.save_for_backward(None if ctx.source else current, *others)
         ctx.mark_non_differentiable(*last)
         return output, *last
 
@@ -214,7 +223,9 @@ class _Neurons(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _, current, _, *others = ctx.needs_input_grad
-        to_current, *to_others = ctx.call.backward((current, *others), grads[0], *ctx.saved_tensors)
+        kept, *tensors = ctx.saved_tensors
+        currents = ctx.source() if kept is None else kept
+        to_current, *to_others = ctx.call.backward((current, *others), grads[0], currents, *tensors)
         return None, to_current, None, *to_others
 
 
