@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
-from ..recomputed import spikes_as_bits
 from ..spiking import SpikingSite
 from ..structures import only_tensor
 from ..time_axis import Readout, TimeAxis, Timed, call, carry_state
@@ -103,7 +102,7 @@ class Stepper:
         per_step = self.schedule.loss.per_step
         inputs = tuple(stored_input(x, self.schedule.precision) for x in work.inputs)
         watched = self.sources if work.features is not None else {}
-        with spikes_as_bits(), self.schedule.precision.autocast(self.device), noted(watched) as features:
+        with self.schedule.memory.forward(), self.schedule.precision.autocast(self.device), noted(watched) as features:
             if self.time is None:
                 returned = self.model(*inputs)
             else:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .kernels import Kernel, use_kernel
     from .qcfs import QCFS
     from .readout import DelayedReadout, MeanReadout, WeightedReadout
-    from .recomputed import spikes_as_bits
+    from .recomputed import recompute
     from .spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, kernels_used, sites
     from .time_axis import carry_state, per_step, prefixes
 
@@ -34,7 +34,7 @@ _HOMES = {
     ),
     **dict.fromkeys(("DelayedReadout", "MeanReadout", "WeightedReadout"), "readout"),
     **dict.fromkeys(("Kernel", "use_kernel"), "kernels"),
-    "spikes_as_bits": "recomputed",
+    "recompute": "recomputed",
     **dict.fromkeys(("carry_state", "per_step", "prefixes"), "time_axis"),
 }
 
@@ -58,8 +58,8 @@ __all__ = [
     "kernels_used",
     "per_step",
     "prefixes",
+    "recompute",
     "sites",
-    "spikes_as_bits",
     "use_kernel",
 ]
 

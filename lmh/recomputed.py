@@ -5,10 +5,10 @@ tensors [T·N, C, *F] of it: BatchNorm's input, the neurons' current and their o
 
 - The current is BatchNorm's output, or a residual sum. :func:`source_of` finds that in autograd's graph, and the
   backward pass of the neurons normalises once more, by the mean and variance that BatchNorm keeps: a tenth of its cost.
-- An output is 0 or θ. :class:`Spikes` keeps a bit of it, and inside :func:`spikes_as_bits` that is all that the next
-  layers keep of their input, such as a convolution for the gradient of its weight.
+- An output is 0 or θ. :class:`Spikes` keeps a bit of it, and that is all that the next layers keep of their input, such
+  as a convolution for the gradient of its weight.
 
-Both give the same numbers bit for bit.
+Both give the same numbers bit for bit, and both are done inside :func:`recompute` alone, as they take time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,16 +186,25 @@ def spikes_of(node: Any) -> Spikes | None:
     return spikes if isinstance(spikes, Spikes) else None
 
 
-@contextmanager
-def spikes_as_bits() -> Iterator[None]:
-    """Let the layers that run inside this block keep spikes as bits until their backward pass.
+_asked: ContextVar[bool] = ContextVar("recompute", default=False)
 
-    Holds for outputs of neurons that are read as they are, on any device, by the kernels FUSED and COMPILED.
-    :func:`lmh.finetune.finetune` does so by itself.
+
+def recomputing() -> bool:
+    """Whether the present code runs inside :func:`recompute`."""
+    return _asked.get()
+
+
+@contextmanager
+def recompute() -> Iterator[None]:
+    """Keep less of what runs inside this block, and compute it again in the backward pass.
+
+    Holds for neurons that run by the kernels FUSED and COMPILED, for currents on CPUs, and for layers that read the
+    neurons' output as it is. For training loops of one's own; :func:`lmh.finetune.finetune` takes
+    ``Schedule(memory=Recompute())``.
 
     >>> from lmh.convert import load
     >>> snn, x = load("zoo:digits-cnn-t4").train(), torch.zeros(2, 1, 8, 8)
-    >>> with spikes_as_bits():
+    >>> with recompute():
     ...     loss = snn(x).square().sum()
     >>> loss.backward()
     """
@@ -206,5 +216,9 @@ def spikes_as_bits() -> Iterator[None]:
     def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
         return kept if isinstance(kept, Tensor) else kept()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+    token = _asked.set(True)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        _asked.reset(token)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmh import Kernel, carry_state, fused, per_step, use_kernel
+from lmh import Kernel, carry_state, per_step, recompute, use_kernel
 from lmh.convert import convert
-from lmh.finetune import BFloat16, CrossEntropy, Float32, Schedule, TimeSliced
+from lmh.finetune import BFloat16, Float32, KeepAll, Recompute, Schedule, TimeSliced
 from lmh.finetune.optimiser import optimiser
 from lmh.finetune.steps import Stepper, Work
-from lmh.recomputed import Normalised, Spikes, Sum, source_of, spikes_as_bits
+from lmh.recomputed import Normalised, Spikes, Sum, source_of
 from lmh.spiking import LMH, PerChannel, PerLayer, PerStep, SpikingSite
 from lmh.time_axis import TimeAxis, time_axis
 from lmh.zoo.cifar_resnet import CifarResNet
@@ -42,7 +42,7 @@ def nodes(tensor: Tensor) -> Iterator[Any]:
 
 def sources(tensor: Tensor) -> list[object]:
     """The sources of all neurons in the graph, None where the current itself is kept."""
-    return [node.source for node in nodes(tensor) if hasattr(node, "spikes")]
+    return [node.source for node in nodes(tensor) if hasattr(node, "source")]
 
 
 def network(steps: int = 2, granularity: object = PerLayer()) -> nn.Module:
@@ -62,10 +62,12 @@ def network(steps: int = 2, granularity: object = PerLayer()) -> nn.Module:
     return snn.train()
 
 
-def gradients(snn: nn.Module, *, slices: int = 1, precision: object = Float32(), frozen: bool = False) -> dict:
+def gradients(
+    snn: nn.Module, memory: object, *, slices: int = 1, precision: object = Float32(), frozen: bool = False
+) -> dict[str, Tensor]:
     """Gradients of a batch by a Stepper, by parameter."""
     snn = copy.deepcopy(snn)
-    schedule = Schedule(epochs=1, precision=precision, loss=CrossEntropy(), clip_norm=None)
+    schedule = Schedule(epochs=1, precision=precision, memory=memory, clip_norm=None)
     steps = time_axis(snn).timesteps
     if frozen:
         for module in snn.modules():
@@ -80,12 +82,6 @@ def gradients(snn: nn.Module, *, slices: int = 1, precision: object = Float32(),
     return {name: p.grad for name, p in snn.named_parameters() if p.grad is not None}
 
 
-def keep_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep currents and spikes as they are."""
-    monkeypatch.setattr("lmh.fused.source_of", lambda current: None)
-    monkeypatch.setattr("lmh.finetune.steps.spikes_as_bits", nullcontext)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -98,13 +94,9 @@ def keep_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["float32", "channels last", "bfloat16", "frozen BatchNorm", "slices"],
 )
 @pytest.mark.parametrize("granularity", [PerLayer(), PerChannel(), PerStep()], ids=repr)
-def test_gradients_are_those_of_a_step_that_keeps_everything(
-    granularity: object, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_are_those_of_a_step_that_keeps_everything(granularity: object, options: dict[str, Any]) -> None:
     snn = network(granularity=granularity)
-    ours = gradients(snn, **options)
-    keep_everything(monkeypatch)
-    expected = gradients(snn, **options)
+    ours, expected = gradients(snn, Recompute(), **options), gradients(snn, KeepAll(), **options)
     assert ours.keys() == expected.keys()
     assert {name for name, gradient in expected.items() if not torch.equal(gradient, ours[name])} == set()
     assert sum(bool(gradient.abs().max() > 0) for gradient in expected.values()) > len(expected) / 2
@@ -112,7 +104,7 @@ def test_gradients_are_those_of_a_step_that_keeps_everything(
 
 def test_a_wrong_bias_shows_in_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     snn = network()
-    expected = gradients(snn)
+    expected = gradients(snn, KeepAll())
     right = Normalised.of.__func__
 
     def wrong(cls: type[Normalised], node: Any) -> Normalised:
@@ -120,14 +112,14 @@ def test_a_wrong_bias_shows_in_the_gradients(monkeypatch: pytest.MonkeyPatch) ->
         return Normalised(node, found.bias + 1e-3)
 
     monkeypatch.setattr(Normalised, "of", classmethod(wrong))
-    assert not all(torch.equal(gradient, expected[name]) for name, gradient in gradients(snn).items())
+    assert not all(torch.equal(gradient, expected[name]) for name, gradient in gradients(snn, Recompute()).items())
 
 
 def test_currents_of_plain_layers_are_not_kept_and_each_convolution_reads_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     snn, called = network(), []
     plain = Spikes.__call__
     monkeypatch.setattr(Spikes, "__call__", lambda self: called.append(self.shape) or plain(self))
-    with spikes_as_bits():
+    with recompute():
         output = snn(torch.rand(4, 3, 16, 16))
     padded_shortcuts, kinds = 2, [type(source) for source in sources(output)]
     assert (kinds.count(Normalised), kinds.count(Sum), len(kinds)) == (4, 1, 5 + padded_shortcuts)
@@ -150,7 +142,7 @@ def test_spikes_give_the_output(
         with torch.no_grad():
             site.raw_threshold.normal_(0, 0.3)
         current = order(torch.rand(steps * shape[0], *shape[1:]).to(dtype))
-        with use_kernel(Kernel.FUSED):
+        with use_kernel(Kernel.FUSED), recompute():
             output = site(current.requires_grad_())
         again = output.grad_fn.spikes()
         assert torch.equal(again, output)
@@ -201,7 +193,8 @@ class TestSource:
 
     def test_sums_of_two_are_found_and_others_are_not(self, norm: nn.BatchNorm2d, x: Tensor) -> None:
         site = SpikingSite(TimeAxis(2), torch.tensor(0.7), torch.tensor(0.5), LMH())
-        spikes, one, other = site(norm(x)), norm(x), norm(x)
+        with recompute():
+            spikes, one, other = site(norm(x)), norm(x), norm(x)
         for current in (one + other, spikes + one, one + (spikes + other)):
             assert isinstance(source_of(current), Sum)
             assert torch.equal(source_of(current)(), current)
@@ -222,8 +215,10 @@ class TestSource:
 
     def test_a_site_keeps_what_it_was_given_then(self, norm: nn.BatchNorm2d, x: Tensor) -> None:
         site = SpikingSite(TimeAxis(2), torch.tensor(0.7), torch.tensor(0.5), LMH())
-        assert sources(site(norm(x) * 2)) == [None]
-        assert isinstance(sources(site(norm(x)))[0], Normalised)
+        with recompute():
+            assert sources(site(norm(x) * 2)) == [None]
+            assert isinstance(sources(site(norm(x)))[0], Normalised)
+        assert sources(site(norm(x))) == [None]
 
 
 def test_steps_that_go_on_from_a_state_give_the_same() -> None:
@@ -236,14 +231,13 @@ def test_steps_that_go_on_from_a_state_give_the_same() -> None:
         sum(losses).backward()
         return [parameter.grad for parameter in network.parameters()]
 
-    assert all(torch.equal(*pair) for pair in zip(found(spikes_as_bits), found(nullcontext), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(found(recompute), found(nullcontext), strict=True))
 
 
 def test_the_graph_can_be_run_twice() -> None:
     snn, x = network(), torch.rand(4, 3, 16, 16)
-    with spikes_as_bits():
+    with recompute():
         loss = snn(x).square().sum()
     parameters = list(snn.parameters())
     first = torch.autograd.grad(loss, parameters, retain_graph=True)
     assert all(torch.equal(*pair) for pair in zip(first, torch.autograd.grad(loss, parameters), strict=True))
-    assert fused.source_of is source_of
