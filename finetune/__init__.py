@@ -13,6 +13,7 @@ from .history import EpochResult, Stage
 from .label_free import LabelFree, distill, seconds_per_epoch
 from .log import JSONLines, Progress, TensorBoard
 from .losses import TET, CrossEntropy, Distillation
+from .memory import KeepAll, Recompute
 from .mixing import CutMix, Mixup
 from .precision import BFloat16, Float32
 from .schedule import EMA, EarlyStopping, Schedule
@@ -38,12 +39,14 @@ __all__ = [
     "FrozenBatchNorm",
     "Hybrid",
     "JSONLines",
+    "KeepAll",
     "LabelFree",
     "LiveBatchNorm",
     "Mixup",
     "OncePerBatch",
     "Progress",
     "Progressive",
+    "Recompute",
     "Schedule",
     "Stage",
     "SyncedBatchNorm",

@@ -13,6 +13,7 @@ from ..zoo.augmentation import Augmentation, AutoAugment, Cutout, InTurn
 from ..zoo.images import Batches
 from .batch_norm import FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
 from .losses import TET, CrossEntropy, Distillation
+from .memory import KeepAll, Recompute
 from .mixing import CutMix, Mixup
 from .precision import BFloat16, Float32
 from .recipe import TrainingRecipe, read_recipe
@@ -64,6 +65,7 @@ _OPTIONS = (
         "--batch-norm", type=click.Choice(list(BATCH_NORMS)),
         help="By the batch, by the network's own statistics, or by the batch over all GPUs; live unless given.",
     ),
+    click.option("--recompute", is_flag=True, help="Less memory, more time, the same weights."),
     click.option("--amp", is_flag=True, help="Train in bfloat16 by autocast, channels last; neurons in fp32."),
     click.option("--channels-last", is_flag=True, help="Store activations channels last in fp32 too."),
     click.option(
@@ -112,6 +114,7 @@ class Wishes:
     early_stopping: int | None = None
     batch_norm: str | None = None
     amp: bool = False
+    recompute: bool = False
     channels_last: bool = False
     recipe: str | None = None
 
@@ -222,6 +225,7 @@ class Wishes:
             "ema": None if self.ema is None else EMA(self.ema),
             "early_stopping": None if self.early_stopping is None else EarlyStopping(self.early_stopping),
             "batch_norm": None if self.batch_norm is None else BATCH_NORMS[self.batch_norm],
+            "memory": Recompute() if self.recompute else KeepAll(),
             "precision": BFloat16() if self.amp else Float32(self.channels_last),
             "distillation": Distillation(
                 known.weight if self.distill is None else self.distill,

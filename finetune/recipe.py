@@ -28,6 +28,7 @@ from ..zoo.augmentation import (
 )
 from .batch_norm import FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
 from .losses import TET, CrossEntropy, Distillation
+from .memory import KeepAll, Recompute
 from .mixing import CutMix, Mixup
 from .precision import BFloat16, Float32
 from .schedule import EMA, EarlyStopping, Schedule
@@ -106,7 +107,7 @@ TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         TrainingRecipe, Schedule, STBP, TimeSliced, SLTT, Progressive, Hybrid, EverySlice, OncePerBatch,
-        CrossEntropy, TET, Distillation, Mixup, CutMix, Float32, BFloat16,
+        CrossEntropy, TET, Distillation, Mixup, CutMix, Float32, BFloat16, KeepAll, Recompute,
         LiveBatchNorm, FrozenBatchNorm, SyncedBatchNorm, EMA, EarlyStopping, MinError,
         LMH, IF, LIF, PerLayer, PerChannel, PerStep, Ranges, Triangle, Rectangle, Sigmoid, Arctan, Dspike,
         CropFlip, Cutout, AutoAugment, ForCIFAR10, ForImageNet, ForSVHN, InTurn,

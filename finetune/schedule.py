@@ -10,6 +10,7 @@ from ..arguments import check_kind, refuse
 from ..errors import ArgumentError
 from .batch_norm import BatchNormMode, FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
 from .losses import CrossEntropy, Distillation, Loss
+from .memory import KeepAll, Memory, Recompute
 from .mixing import Mix
 from .precision import BFloat16, Float32, Precision
 
@@ -92,6 +93,7 @@ class Schedule:
         ema: average the weights, or None.
         early_stopping: stop when validation does not improve, or None.
         precision: ``Float32()`` or ``BFloat16()``.
+        memory: ``KeepAll()``, or ``Recompute()``: less memory for more time, and the same weights.
         batch_norm: ``LiveBatchNorm()``, ``FrozenBatchNorm()``, or ``SyncedBatchNorm()`` over the processes of a group.
     """
 
@@ -109,6 +111,7 @@ class Schedule:
     ema: EMA | None = None
     early_stopping: EarlyStopping | None = None
     precision: Precision = field(default_factory=Float32)
+    memory: Memory = field(default_factory=KeepAll)
     batch_norm: BatchNormMode = field(default_factory=LiveBatchNorm)
 
     def __post_init__(self) -> None:
@@ -129,6 +132,7 @@ class Schedule:
         if self.early_stopping is not None:
             check_kind("early_stopping", self.early_stopping, EarlyStopping, "EarlyStopping()", "None")
         check_kind("precision", self.precision, (Float32, BFloat16), "Float32()", "BFloat16()")
+        check_kind("memory", self.memory, (KeepAll, Recompute), "KeepAll()", "Recompute()")
         kinds = (LiveBatchNorm, FrozenBatchNorm, SyncedBatchNorm)
         check_kind("batch_norm", self.batch_norm, kinds, "LiveBatchNorm()", "FrozenBatchNorm()")
 

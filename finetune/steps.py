@@ -102,7 +102,7 @@ class Stepper:
         per_step = self.schedule.loss.per_step
         inputs = tuple(stored_input(x, self.schedule.precision) for x in work.inputs)
         watched = self.sources if work.features is not None else {}
-        with self.schedule.precision.autocast(self.device), noted(watched) as features:
+        with self.schedule.memory.forward(), self.schedule.precision.autocast(self.device), noted(watched) as features:
             if self.time is None:
                 returned = self.model(*inputs)
             else:

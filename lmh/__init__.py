@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .kernels import Kernel, use_kernel
     from .qcfs import QCFS
     from .readout import DelayedReadout, MeanReadout, WeightedReadout
+    from .recomputed import recompute
     from .spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, kernels_used, sites
     from .time_axis import carry_state, per_step, prefixes
 
@@ -33,6 +34,7 @@ _HOMES = {
     ),
     **dict.fromkeys(("DelayedReadout", "MeanReadout", "WeightedReadout"), "readout"),
     **dict.fromkeys(("Kernel", "use_kernel"), "kernels"),
+    "recompute": "recomputed",
     **dict.fromkeys(("carry_state", "per_step", "prefixes"), "time_axis"),
 }
 
@@ -56,6 +58,7 @@ __all__ = [
     "kernels_used",
     "per_step",
     "prefixes",
+    "recompute",
     "sites",
     "use_kernel",
 ]

@@ -1,5 +1,7 @@
 """The neurons of a site as one autograd function over all steps, which keeps nothing but its input current.
 
+Inside :func:`lmh.recomputed.recompute` not even that is kept where it can be computed again, but a bit for every spike.
+
 The forward pass is :func:`lmh.neurons.lmh_step`, step by step. The backward pass runs these steps again and
 then :func:`lmh.neurons.lmh_step_adjoint` from the last to the first, so no potential is kept between the two. Both
 passes are plain functions of tensors, run as they are (FUSED) or compiled (COMPILED): see lmh/kernels.py.
@@ -25,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from .kernels import Kernel, compiles, program
 from .memory_order import Order
 from .neurons import Coefficients, Moment, State, charge, lmh_run, lmh_step, lmh_step_adjoint, spikes
+from .recomputed import Spikes, packed, recomputing, source_of
 from .surrogates import Surrogate
 
 
@@ -53,21 +56,28 @@ class Job:
         return Coefficients(*(value[t] if self.per_step else value for value in values))
 
 
+class Extra(NamedTuple):
+    """What the forward pass gives beside the output: the last state, and the spikes as bits."""
+
+    state: bool
+    bits: bool
+
+
 def forward_pass(
-    job: Job, keep: bool, currents: Tensor, v_dendrite: Tensor, v_soma: Tensor, *values: Tensor
+    job: Job, extra: Extra, currents: Tensor, v_dendrite: Tensor, v_soma: Tensor, *values: Tensor
 ) -> tuple[Tensor, ...]:
     """Run the T steps.
 
     Args:
         job: what is run.
-        keep: whether the last state is wanted.
+        extra: what is wanted beside the output.
         currents: I, [T, M], or [M] where static.
         v_dendrite: v_D[0], [] or [M].
         v_soma: v_S[0], [] or [M].
         values: θ, λ_S, λ_D, μ_S, μ_D, each [] or [M], behind a first axis of T if per step.
 
     Returns:
-        θ s, [T·M] in the dtype of the current, and v_D[T] and v_S[T] if wanted.
+        θ s, [T·M] in the dtype of the current; if wanted, v_D[T] and v_S[T]; if wanted, the bits of :func:`packed`.
     """
     outputs, state = [], State(v_dendrite, v_soma)
     for t in range(job.steps):
@@ -75,7 +85,7 @@ def forward_pass(
         current = job.current(currents, t).to(now.v_threshold.dtype)
         output, state = lmh_step(current, state, now, job.surrogate)
         outputs.append(output.to(currents.dtype))
-    return (torch.cat(outputs), *state) if keep else (torch.cat(outputs),)
+    return torch.cat(outputs), *(state if extra.state else ()), *((packed(outputs),) if extra.bits else ())
 
 
 def backward_pass(
@@ -153,7 +163,7 @@ class _Call:
 
     job: Job
     kernel: Kernel
-    keep: bool
+    extra: Extra
     order: Order
 
     def run(self, function: Any, variant: Any, *tensors: Tensor) -> Any:
@@ -182,9 +192,10 @@ class _Call:
         return () if self.job.static else (self.job.steps,)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The output, [T·N, C, *F], and the last state if it is kept, [N, C, *F]."""
-        output, *last = self.run(forward_pass, self.keep, *self.flat(*tensors))
-        return self.order.restore(output, self.job.steps), *(self.order.restore(potential) for potential in last)
+        """The output, [T·N, C, *F]; if wanted, the last state, [N, C, *F]; if wanted, the bits."""
+        output, *more = self.run(forward_pass, self.extra, *self.flat(*tensors))
+        last = [self.order.restore(potential) for potential in more[:2]] if self.extra.state else []
+        return self.order.restore(output, self.job.steps), *last, *(more[-1:] if self.extra.bits else [])
 
     def backward(self, wanted: tuple[bool, ...], grad_output: Tensor, *tensors: Tensor) -> list[Tensor | None]:
         """The gradients of the current, of v_S[0] and of the values, each of its shape."""
@@ -204,9 +215,14 @@ class _Neurons(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.call = call
-        ctx.save_for_backward(*tensors)
+        current, *others = tensors
         output, *last = call.forward(*tensors)
+        ctx.call, ctx.source = call, None
+        if call.extra.bits:
+            theta, bits = others[2].detach(), last.pop()
+            ctx.spikes = Spikes(bits, theta, call.job.per_step, call.job.steps, call.order, output.dtype)
+            ctx.source = source_of(current)
+        ctx.save_for_backward(None if ctx.source else current, *others)
         ctx.mark_non_differentiable(*last)
         return output, *last
 
@@ -214,7 +230,9 @@ class _Neurons(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _, current, _, *others = ctx.needs_input_grad
-        to_current, *to_others = ctx.call.backward((current, *others), grads[0], *ctx.saved_tensors)
+        kept, *tensors = ctx.saved_tensors
+        currents = ctx.source() if kept is None else kept
+        to_current, *to_others = ctx.call.backward((current, *others), grads[0], currents, *tensors)
         return None, to_current, None, *to_others
 
 
@@ -261,7 +279,7 @@ def run_neurons(job: Job, currents: Tensor, start: State, values: Coefficients, 
     if kernel is Kernel.EAGER:
         return Ran(*_run_eagerly(job, currents, start, values, keep), kernel)
     batch = currents.shape[0] if job.static else currents.shape[0] // job.steps
-    call = _Call(job, kernel, keep, Order.of(currents, batch))
+    call = _Call(job, kernel, Extra(keep, recomputing()), Order.of(currents, batch))
     output, *last = _Neurons.apply(call, currents, *start, *values)
     ran = Kernel.COMPILED if kernel is Kernel.COMPILED and compiles(job) else Kernel.FUSED
     return Ran(output, State(*last) if keep else None, ran)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from contextlib import chdir
 from pathlib import Path
@@ -26,9 +27,11 @@ from lmh.finetune import (
     EverySlice,
     Float32,
     Hybrid,
+    KeepAll,
     Mixup,
     OncePerBatch,
     Progressive,
+    Recompute,
     Schedule,
     TimeSliced,
 )
@@ -229,6 +232,11 @@ class TestTheOptions:
         assert schedule.mixing == (Mixup(), CutMix())
         assert (schedule.ema, schedule.early_stopping, schedule.precision) == (EMA(0.9), EarlyStopping(2), BFloat16())
         assert (recipe.batch_size, recipe.augmentation) == (16, InTurn((CropFlip(1, False), Cutout(4))))
+
+    def test_recompute_is_part_of_the_recipe(self) -> None:
+        given, usual = wished("--recompute", "--epochs", 6), wished("--epochs", 6)
+        assert given.schedule == dataclasses.replace(usual.schedule, memory=Recompute())
+        assert usual.schedule.memory == KeepAll()
 
     def test_no_teacher_is_part_of_the_recipe(self) -> None:
         recipe = wished("--no-teacher", "--epochs", 6)
