@@ -44,7 +44,7 @@ def correction_cost(prepared: Prepared, inputs: Sequence[Tensor], samples: int, 
     >>> from lmh.convert import prepare
     >>> prepared = prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), sample_shape=(4,))
     >>> correction_cost(prepared, [torch.zeros(1, 4)], 16, 2, rows=1000)
-    Cost(operations=326144.0, memory=8192.0)
+    Cost(operations=329216.0, memory=8192.0)
     """
     solved, multiplied, largest = 0.0, 0.0, 0
 

@@ -114,8 +114,8 @@ def test_what_is_unknown_without_data_is_null_and_present(blind: Job) -> None:
     assert any("No data was given" in notice for notice in result["notices"])
 
 
-def test_fine_tuning_keeps_the_figures_from_before_it(plain: Job, tuned: Job) -> None:
-    before, after = plain.printed.result, tuned.printed.result
+def test_fine_tuning_keeps_the_figures_from_before_it(tuned: Job) -> None:
+    before, after = converted(*DATA, "--calibration", "minerror").result, tuned.printed.result
     assert after["training_free"] == {key: before[key] for key in FIGURES}
     assert after["ann_accuracy"] == before["ann_accuracy"]
     assert len(after["snn_accuracy"]) == STEPS
