@@ -16,7 +16,7 @@ Without --ann and --data both are looked for in the folder LMH_TEST_DATA (packs 
 is for the first N test images, in the order of the seed, after a conversion that saw unlabelled training images only.
 
 Each (method, T) is kept in a JSON file, so that an interrupted run goes on where it stopped; figures of other settings
-or another state of the code are not taken from it. To add a method, add a line to METHODS.
+or another state of the code are not taken from it. To add a method, add a line to FIXED or DRAWN.
 
 Prints its settings, a table, and as the last line one JSON object: `ann`, `best` (the best accuracy at each T),
 `policies` (accuracy by method, then by T), `seconds` (to convert and correct), `spread` and the settings.
@@ -47,6 +47,7 @@ import lmh.finetune
 from lmh import LMH, DelayedReadout, PerChannel, __version__
 from lmh.artifact import write_atomically
 from lmh.calibrate import (
+    USUAL_CORRECTIONS,
     Correction,
     KLDivergence,
     LocalThresholdBalancing,
@@ -152,9 +153,8 @@ def named(name: str) -> tuple[Correction, ...]:
     return tuple(CORRECTIONS[part] for part in name.split(" + "))
 
 
-BEST = named("weights + thresholds")
 FIT = Reconstruction(steps=200, neuron_lr=0.03, weight_lr=1e-3)
-METHODS: dict[str, Method] = {
+FIXED: dict[str, Method] = {
     "max": thresholds(Max()),
     "percentile 99.9": thresholds(Percentile(99.9)),
     "batchnorm statistics": thresholds(automatic(has_data=False)),
@@ -164,28 +164,29 @@ METHODS: dict[str, Method] = {
     "minerror": thresholds(automatic(has_data=True)),
     "minerror, delayed": delayed(),
     **{name: refined(*named(name)) for name in ("v_init", "batchnorm", "biases", "biases + v_init", "thresholds")},
-    **{name: refined(*named(name)) for name in ("weights", "weights + thresholds")},
-    "weights + thresholds, delayed": delayed(*BEST),
+    "weights": refined(*named("weights")),
+    "weights + thresholds": refined(*USUAL_CORRECTIONS),
+    "weights + thresholds, delayed": delayed(*USUAL_CORRECTIONS),
     "weights + thresholds with leaks": refined(
         WeightRegression(), SpikingMinError(("lambda_s",)), neuron=LMH(granularity=PerChannel())
     ),
+}
+DRAWN: dict[str, Method] = {
     "reconstruction": refined(reconstruction=FIT),
     "reconstruction, IF": refined(reconstruction=replace(FIT, coefficients=False)),
     "reconstruction of neurons": refined(reconstruction=replace(FIT, weight_lr=0.0)),
     "reconstruction of neurons, IF": refined(reconstruction=replace(FIT, weight_lr=0.0, coefficients=False)),
+    "weights + thresholds + reconstruction": refined(*USUAL_CORRECTIONS, reconstruction=FIT),
+    "weights + thresholds + reconstruction, IF": refined(
+        *USUAL_CORRECTIONS, reconstruction=replace(FIT, coefficients=False)
+    ),
     "distilled, not through the spikes": distilled(1600, 0),
+    "distilled, not quantised": distilled(0, 3840),
     "distilled": distilled(1600, 3840),
-    "weights + thresholds + reconstruction": refined(*BEST, reconstruction=FIT),
-    "weights + thresholds + reconstruction, IF": refined(*BEST, reconstruction=replace(FIT, coefficients=False)),
 }
-DRAWN = ("reconstruction", "distilled")
-"""What the names of methods that draw anything begin with or hold."""
+"""Those that give another network with another seed."""
+METHODS = FIXED | DRAWN
 QUICK = ("minerror", "weights + thresholds")
-
-
-def draws(name: str) -> bool:
-    """Whether a method gives another network with another seed."""
-    return any(word in name for word in DRAWN)
 
 
 class Pack:
@@ -288,8 +289,7 @@ def table(figures: dict[str, dict[str, float]], steps: Sequence[int]) -> str:
 
 def _figure(kept: Cache, name: str, task: Task, x: Tensor, labels: Tensor, diagnosed: bool) -> dict[str, float]:
     """Return what is kept of a run, or run it."""
-    entry = f"{name}, seed {task.seed}" if draws(name) else name
-    entry += f", {type(task.precision).__name__}" if "distilled" in name else ""
+    entry = f"{name}, seed {task.seed}, {type(task.precision).__name__}" if name in DRAWN else name
     figure = kept.get(entry, task.timesteps)
     if figure is None or diagnosed:
         started = time.perf_counter()
@@ -363,7 +363,7 @@ def main(
     seconds: dict[str, dict[str, float]] = {name: {} for name in names}
     spread: dict[str, dict[str, float]] = {name: {} for name in names}
     for name in names:
-        runs = range(seed, seed + seeds) if draws(name) else [seed]
+        runs = range(seed, seed + seeds) if name in DRAWN else [seed]
         for t in steps:
             found = [_figure(kept, name, replace(task, timesteps=t, seed=run), x, labels, diagnosed) for run in runs]
             values = [figure["accuracy"] for figure in found]

@@ -7,7 +7,8 @@ CIFAR ResNet-20 and ResNet-18, T = 1 to 16, slices of k = 1, 2, 4 and T steps. A
 backward and an update by SGD with momentum, as :func:`lmh.finetune.finetune` does them, in fp32; the ANN runs eager.
 Every row comes from fresh processes: one that trains the ANN and the spiking network in turn, for the median time and
 the median of the ratios within a round, and one that trains the spiking network alone, for its peak resident memory
-with all that Python and torch take. ``peak_mb`` of the ANN is that of a process that trains the ANN alone.
+with all that Python and torch take. ``peak_mb`` of the ANN is that of a process that trains the ANN alone. With
+``--recompute`` the spiking network trains by ``Recompute()``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from torch import nn
 
 from lmh import __version__, kernels_used
 from lmh.convert import convert
-from lmh.finetune import Schedule, TimeSliced
+from lmh.finetune import KeepAll, Recompute, Schedule, TimeSliced
 from lmh.finetune.log import peak_memory_mb
+from lmh.finetune.memory import Memory
 from lmh.finetune.optimiser import optimiser
 from lmh.finetune.steps import Stepper, Work
 from lmh.pages import keep_freed_memory
@@ -51,13 +53,13 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {"resnet20": lambda: CifarResNet(
 BATCHES = {"resnet20": 128, "resnet18": 16}
 
 
-def stepper_of(name: str, timesteps: int, k: int) -> Stepper:
+def stepper_of(name: str, timesteps: int, k: int, memory: Memory) -> Stepper:
     """What trains the ANN, for T = 0, or its spiking network."""
     torch.manual_seed(0)
     network = NETWORKS[name]()
     if timesteps:
         network = convert(network, timesteps, data=torch.rand(4, 3, 32, 32)).snn
-    schedule = Schedule(epochs=1)
+    schedule = Schedule(epochs=1, memory=memory)
     return Stepper(network.train(), optimiser(network, schedule), schedule, TimeSliced(max(k, 1)))
 
 
@@ -68,11 +70,12 @@ def work_of(batch: int) -> Work:
     return Work((x,), y, None)
 
 
-def timed(name: str, timesteps: int, k: int, batch: int, rounds: int, threads: int) -> dict[str, Any]:
+def timed(name: str, timesteps: int, k: int, memory: Memory, batch: int, rounds: int, threads: int) -> dict[str, Any]:
     """Milliseconds of the ANN's step and of the spiking network's, in turn, after one round that does not count."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    ann, snn, work = stepper_of(name, 0, 0), stepper_of(name, timesteps, k), work_of(batch)
+    ann, snn = stepper_of(name, 0, 0, memory), stepper_of(name, timesteps, k, memory)
+    work = work_of(batch)
     taken: list[tuple[float, float]] = []
     for _ in range(rounds + 1):
         moments = [time.perf_counter()]
@@ -89,11 +92,11 @@ def timed(name: str, timesteps: int, k: int, batch: int, rounds: int, threads: i
     }
 
 
-def peak(name: str, timesteps: int, k: int, batch: int, threads: int) -> float | None:
+def peak(name: str, timesteps: int, k: int, memory: Memory, batch: int, threads: int) -> float | None:
     """Megabytes that a process holds at most in three steps; T = 0 is the ANN."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    stepper, work = stepper_of(name, timesteps, k), work_of(batch)
+    stepper, work = stepper_of(name, timesteps, k, memory), work_of(batch)
     for _ in range(3):
         stepper(work)
     found = peak_memory_mb(torch.device("cpu"))
@@ -112,25 +115,33 @@ def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
 @click.option("--batch", type=click.IntRange(1), help="128 for ResNet-20 and 16 for ResNet-18 unless given.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--threads", default=2, show_default=True)
+@click.option("--recompute", is_flag=True, help="Train by Recompute(), in less memory.")
 @click.option("--quick", is_flag=True, help="Two images, one round, ResNet-20, k = T = 4: no figures to quote.")
 def main(
-    names: tuple[str, ...], wanted: tuple[int, ...], batch: int | None, rounds: int, threads: int, quick: bool
+    names: tuple[str, ...],
+    wanted: tuple[int, ...],
+    batch: int | None,
+    rounds: int,
+    threads: int,
+    recompute: bool,
+    quick: bool,
 ) -> None:
     """Measure every network, T and k."""
     if quick:
         names, wanted, batch, rounds = names or ("resnet20",), wanted or (4,), batch or 2, 1
     names, wanted = names or tuple(NETWORKS), wanted or TIMESTEPS
-    print(f"seed 0, fp32, batch {batch or BATCHES}, {rounds} rounds, {threads} threads, T {list(wanted)}, "
+    memory: Memory = Recompute() if recompute else KeepAll()
+    print(f"seed 0, fp32, batch {batch or BATCHES}, {rounds} rounds, {threads} threads, T {list(wanted)}, {memory}, "
           f"lmh {__version__}, torch {torch.__version__}, {platform.machine()}")  # fmt: skip
     print(f"{'network':10}{'T':>4}{'k':>4}{'ms':>10}{'ANN ms':>10}{'ratio':>8}{'peak MB':>10}{'ANN MB':>9}  kernels")
     rows: dict[tuple[str, int, int], dict[str, Any]] = {}
     for name in names:
         size = batch or BATCHES[name]
-        ann_mb = fresh(peak, name, 0, 0, size, threads)
+        ann_mb = fresh(peak, name, 0, 0, memory, size, threads)
         for timesteps in wanted:
             for k in sorted({*(k for k in (() if quick else SLICES) if timesteps % k == 0), timesteps}):
-                row = fresh(timed, name, timesteps, k, size, rounds, threads)
-                row |= {"peak_mb": fresh(peak, name, timesteps, k, size, threads), "ann_peak_mb": ann_mb}
+                row = fresh(timed, name, timesteps, k, memory, size, rounds, threads)
+                row |= {"peak_mb": fresh(peak, name, timesteps, k, memory, size, threads), "ann_peak_mb": ann_mb}
                 rows[name, timesteps, k] = row
                 print(f"{name:10}{timesteps:4}{k:4}{row['ms']:10.1f}{row['ann_ms']:10.1f}{row['ratio']:8.2f}"
                       f"{row['peak_mb'] or 0:10.0f}{ann_mb or 0:9.0f}  {', '.join(row['kernels'])}")  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..records import Prepared
+from .regression import LARGEST, REGRESSABLE, WeightRegression
 
 LIVE = 8
 """Tensors of the largest activation's size, one for each step, that a sample keeps alive; measured on ResNets."""
@@ -28,10 +30,10 @@ class Cost:
     memory: float
 
 
-def correction_cost(prepared: Prepared, inputs: Sequence[Tensor], samples: int, timesteps: int, rows: int) -> Cost:
+def correction_cost(prepared: Prepared, inputs: Sequence[Tensor], samples: int, timesteps: int) -> Cost:
     """Estimate what :class:`WeightRegression` and what comes with it cost.
 
-    A layer with d inputs for each output solves least squares on so many rows, twice: 4 · rows · d². Beside that, ANN
+    A layer with d inputs for each output solves least squares on r rows, each product twice: 4 r d². Beside that, ANN
     and spiking network run twice.
 
     Args:
@@ -39,12 +41,11 @@ def correction_cost(prepared: Prepared, inputs: Sequence[Tensor], samples: int, 
         inputs: one sample of each input, [1, *F].
         samples: N.
         timesteps: T.
-        rows: of a regression, :attr:`WeightRegression.rows`.
 
     >>> from lmh.convert import prepare
     >>> prepared = prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), sample_shape=(4,))
-    >>> correction_cost(prepared, [torch.zeros(1, 4)], 16, 2, rows=1000)
-    Cost(operations=329216.0, memory=8192.0)
+    >>> correction_cost(prepared, [torch.zeros(1, 4)], 16, 2).memory
+    8192.0
     """
     solved, multiplied, largest = 0.0, 0.0, 0
 
@@ -53,17 +54,15 @@ def correction_cost(prepared: Prepared, inputs: Sequence[Tensor], samples: int, 
         if not isinstance(output, Tensor):
             return
         largest = max(largest, output.numel())
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim > 1:
-            solved += 4.0 * rows * weight[0].numel() ** 2
-            multiplied += 2.0 * output.numel() * weight[0].numel()
+        if isinstance(module, REGRESSABLE):
+            width = module.weight[0].numel()
+            solved += 4.0 * min(WeightRegression.rows, LARGEST // width) * width**2
+            multiplied += 2.0 * output.numel() * width
 
     model = prepared.model
-    handles = [module.register_forward_hook(note) for module in model.modules() if not any(module.children())]
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack, torch.no_grad():
+        for module in model.modules():
+            if not any(module.children()):
+                stack.callback(module.register_forward_hook(note).remove)
+        model(*inputs)
     return Cost(solved + 2 * samples * (1 + timesteps) * multiplied, 4.0 * LIVE * largest * timesteps * samples)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..arguments import split_batch
-from ..calibrate import USUAL_CORRECTIONS, BlockResult, Correction, Reconstruction, WeightRegression, blocks
+from ..calibrate import USUAL_CORRECTIONS, BlockResult, Correction, Reconstruction, blocks
 from ..calibrate.cost import Cost, correction_cost
 from ..errors import LMHError
 from ..terminal import Advance, Terminal
@@ -157,10 +157,7 @@ def _corrected(
 
 def _cost(conversion: Conversion, images: Images) -> Cost:
     sample = torch.zeros((1, *images.still.preprocessing.input_size), device=next(conversion.snn.parameters()).device)
-    regression = WeightRegression()
-    return correction_cost(
-        conversion.prepared, [sample], images.still.count, conversion.recipe.timesteps, regression.rows
-    )
+    return correction_cost(conversion.prepared, [sample], images.still.count, conversion.recipe.timesteps)
 
 
 def _reconstructed(
@@ -224,7 +221,7 @@ class _Automatic:
         try:
             tried.append(_corrected(conversion, seen, USUAL_CORRECTIONS, self.terminal))
             taken = time.monotonic() - started
-            if self.budget is not None:
+            if self.budget is not None:  # distillation corrects too, so that time is needed once more
                 tried += self._within(conversion, seen, 60 * self.budget - 2 * taken)
         except LMHError as error:
             self.terminal.notice(f"auto goes no further than {tried[-1].calibration.policy}: {error}")
@@ -261,7 +258,7 @@ class _Automatic:
         from ..finetune import seconds_per_epoch
 
         started = time.monotonic()
-        quantised, spiking = seconds_per_epoch(conversion, seen.train, still=seen.still)
+        quantised, spiking = seconds_per_epoch(conversion, seen.train)
         left = seconds - (time.monotonic() - started)
         qcfs_epochs, epochs = int(left / 2 / quantised), int(left / 2 / spiking)
         if epochs < 1:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from .. import zoo
-from ..artifact import user_path
+from ..artifact import make_folder, user_path
 from ..cli import command_line
 from ..convert.cli import METRICS, check_output, default_output, device_of, measured
 from ..convert.cli_inputs import SEED, Amounts, Inputs, NumbersType, open_inputs, source_options
@@ -22,7 +22,7 @@ from ..convert.normalisation import NORMALISATIONS
 from ..convert.pipeline import Conversion, convert
 from ..convert.report_cli import source_ann, stored_preprocessing
 from ..convert.storage import MANIFEST, load, save
-from ..errors import ArgumentError, DataError, TrainingError
+from ..errors import ArgumentError, DataError
 from ..pages import keep_freed_memory
 from ..records import plain_value
 from ..results import describe_network
@@ -216,7 +216,7 @@ def _default_output(network: str, timesteps: int | None) -> Path:
 def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
     """Load, convert where needed, measure, train, measure, save. Return the result as plain values."""
     if job.resume is not None:
-        _make_folder(user_path(job.resume))
+        make_folder(user_path(job.resume), "Name another with --resume.")
         if not any(file.exists() for file in files_of(job.checkpoint)):
             terminal.notice(f"{job.resume}: there is no checkpoint yet; the run starts anew.")
     check_output(job.output, job.network, job.data)
@@ -254,15 +254,6 @@ def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
     if Group.current().leads:
         _save(job, start, training, tuned, result)
     return result
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(
-            f"{folder}: cannot be made ({error.strerror}); expected a folder for the run. Name another with --resume."
-        ) from error
 
 
 def _save(job: Job, start: Start, training: Training, tuned: Any, result: dict[str, Any]) -> None:

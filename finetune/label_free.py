@@ -115,8 +115,8 @@ def distill(
     """Train a conversion to give its ANN's outputs, on images without labels.
 
     Args:
-        conversion: from :func:`lmh.convert.convert`; not changed. What corrections and training made of it before is
-            not kept: the quantised network starts from the ANN.
+        conversion: from :func:`lmh.convert.convert`; not changed. The quantised network starts from the ANN, so what
+            made it better before is kept only with ``qcfs_epochs=0``.
         data: batches [N, *F], or (x, y) of which y is not read; several epochs of an augmented loader, such as
             :class:`lmh.zoo.Batches`, or any that can be read again and again.
         settings: epochs, rates, and what comes between the stages.
@@ -173,21 +173,18 @@ def distill(
     return replayed(conversion, changes(snn, prepared, done, found.calibration.samples))
 
 
-def seconds_per_epoch(
-    conversion: Conversion, data: EpochBatches | Iterable[Any], *, still: Iterable[Any] | Tensor
-) -> tuple[float, float]:
+def seconds_per_epoch(conversion: Conversion, data: EpochBatches | Iterable[Any]) -> tuple[float, float]:
     """Time a few batches of :func:`distill`, on copies; return the seconds of an epoch, quantised and through spikes.
 
     Args:
         conversion: not changed.
         data: as for :func:`distill`.
-        still: likewise.
 
     >>> import torch
     >>> from torch import nn
     >>> from lmh.convert import convert
     >>> images, ann = torch.rand(64, 8), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-    >>> quantised, spiking = seconds_per_epoch(convert(ann, 2, data=images), images.split(16), still=images)
+    >>> quantised, spiking = seconds_per_epoch(convert(ann, 2, data=images), images.split(16))
     >>> quantised > 0 and spiking > 0
     True
     """
@@ -199,6 +196,7 @@ def seconds_per_epoch(
 
     few = list(islice(feed.epoch(0), TIMED_BATCHES))
     few += few[-1:] * (TIMED_BATCHES - len(few))
-    distill(conversion, few, LabelFree(epochs=1, qcfs_epochs=1, corrections=()), still=still, on_progress=note)
-    quantised, spiking = ((times[-1] - times[0]) / (len(times) - 1) for times in ends.values())
-    return quantised * feed.count(), spiking * feed.count()
+    distill(conversion, few, LabelFree(epochs=1, qcfs_epochs=1, corrections=()), on_progress=note)
+    batches = feed.count()
+    quantised, spiking = (batches * (times[-1] - times[0]) / (len(times) - 1) for times in ends.values())
+    return quantised, spiking

@@ -40,6 +40,24 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def make_folder(folder: Path, advice: str) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    Args:
+        folder: to make.
+        advice: how the user names another one.
+
+    Raises:
+        ArtifactError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder}: cannot be made ({error.strerror or error}); expected a writable place for a folder. {advice}"
+        ) from error
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that at every moment either the old one or the whole new one is there.
 

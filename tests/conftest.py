@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from torch import nn
 import nets
 from lmh import zoo
 from lmh.convert import Conversion, convert
-from lmh.zoo import Batches, DataSet
+from lmh.zoo import Batches, DataSet, cache
+from served import DATA
+from unruly_server import Server, unruly_server
 
 torch.set_num_threads(1)
 os.environ["LMH_HOME"] = str(Path(tempfile.gettempdir()) / f"lmh-tests-{os.getpid()}")  # not the user's own models
@@ -55,6 +58,22 @@ def digits_calibration(digits: DataSet) -> Batches:
 @pytest.fixture
 def deep() -> Conversion:
     return convert(nets.Deep(), 3, data=torch.rand(32, 2, 8, 8))
+
+
+@pytest.fixture
+def home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home of downloads, empty, in an environment that says nothing else about the network."""
+    monkeypatch.setenv("LMH_HOME", str(tmp_path / "home"))
+    for name in (*cache.OFFLINE, "HF_ENDPOINT", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A server that has the file of tests/served.py, and does what its script says."""
+    with unruly_server({"/net.safetensors": DATA}) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

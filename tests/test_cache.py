@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,7 @@ from lmh.zoo.transfer import Weights
 from served import DATA, DIGEST, GOOD, QUICK, at, kept
 from unruly_server import Cut, Held, Server, unruly_server
 
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LMH_HOME", str(tmp_path / "home"))
-    for name in (*cache.OFFLINE, "HF_ENDPOINT", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with unruly_server({"/net.safetensors": DATA}) as running:
-        yield running
-
+pytestmark = pytest.mark.usefixtures("home_folder")
 
 FETCH = """
 import sys

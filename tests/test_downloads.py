@@ -7,7 +7,6 @@ import io
 import os
 import random
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +34,7 @@ from unruly_server import (
     unruly_server,
 )
 
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LMH_HOME", str(tmp_path / "home"))
-    for name in (*cache.OFFLINE, "HF_ENDPOINT", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with unruly_server({"/net.safetensors": DATA}) as running:
-        yield running
+pytestmark = pytest.mark.usefixtures("home_folder")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from contextlib import chdir
 from pathlib import Path
@@ -222,19 +221,16 @@ class TestTheOptions:
             "--strategy", "stbp", "--epochs", 7, "--lr", 0.1, "--neuron-lr", 0.2, "--warmup", 3, "--weight-decay", 0.3,
             "--batch-size", 16, "--loss", "tet", "--distill", 0.4, "--temperature", 3, "--mix", "mixup",
             "--mix", "cutmix", "--cutout", 4, "--ema", 0.9, "--early-stopping", 2, "--amp", "--seed", 5,
+            "--recompute",
         )  # fmt: skip
         schedule = recipe.schedule
         assert (schedule.epochs, schedule.lr, schedule.neuron_lr, schedule.warmup_steps) == (7, 0.1, 0.2, 3)
         assert (schedule.weight_decay, schedule.loss, schedule.seed) == (0.3, TET(), 5)
         assert schedule.distillation is not None
         assert (schedule.distillation.weight, schedule.distillation.temperature) == (0.4, 3)
-        assert schedule.mixing == (Mixup(), CutMix())
+        assert (schedule.mixing, schedule.memory) == ((Mixup(), CutMix()), Recompute())
         assert (schedule.ema, schedule.early_stopping, schedule.precision) == (EMA(0.9), EarlyStopping(2), BFloat16())
         assert (recipe.batch_size, recipe.augmentation) == (16, InTurn((CropFlip(1, False), Cutout(4))))
-
-    def test_recompute_is_part_of_the_recipe(self) -> None:
-        given, usual = wished("--recompute", "--epochs", 6), wished("--epochs", 6)
-        assert given.schedule == dataclasses.replace(usual.schedule, memory=Recompute()) != usual.schedule
 
     def test_no_teacher_is_part_of_the_recipe(self) -> None:
         recipe = wished("--no-teacher", "--epochs", 6)

@@ -131,7 +131,7 @@ class TestDistill:
 
     def test_an_epoch_is_timed_without_changing_anything(self, conversion: Conversion, digits: Batches) -> None:
         before = {name: value.clone() for name, value in conversion.snn.state_dict().items()}
-        quantised, spiking = seconds_per_epoch(conversion, digits, still=digits)
+        quantised, spiking = seconds_per_epoch(conversion, digits)
         assert quantised > 0
         assert spiking > 0
         assert all(torch.equal(value, before[name]) for name, value in conversion.snn.state_dict().items())
@@ -220,7 +220,7 @@ class TestCommand:
 
 def test_the_estimate_of_memory_is_of_the_right_size() -> None:
     prepared = convert(zoo.load("digits-cnn"), 4, example_input=torch.zeros(1, 1, 8, 8)).prepared
-    cost = correction_cost(prepared, [torch.zeros(1, 1, 8, 8)], 100, 4, rows=1000)
+    cost = correction_cost(prepared, [torch.zeros(1, 1, 8, 8)], 100, 4)
     largest = 32 * 8 * 8  # of block.relu1, in floats
     assert cost.memory % (largest * 4 * 4 * 100) == 0
-    assert cost.memory == 2 * correction_cost(prepared, [torch.zeros(1, 1, 8, 8)], 100, 2, rows=1000).memory
+    assert cost.memory == 2 * correction_cost(prepared, [torch.zeros(1, 1, 8, 8)], 100, 2).memory

@@ -27,10 +27,8 @@ SEVEN = {"input_size": [1, 8, 8], "mean": [0.1], "std": [0.2]}
 
 
 @pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _folder(tmp_path: Path, home_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LMH_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("http_proxy", raising=False)
 
 
 def trained(file: str = "seven.safetensors", num_classes: int = 7, **facts: Any) -> Path:

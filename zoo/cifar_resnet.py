@@ -14,7 +14,10 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .initialisation import he_normal
+
 DEPTHS = (20, 32, 44, 56)
+NINETEEN = ((128, 3), (256, 3), (512, 2))
 
 Shortcut = Callable[[int, int, int], nn.Module]
 
@@ -127,7 +130,7 @@ def resnet18(num_classes: int = 10) -> nn.Module:
 def resnet19(num_classes: int = 10, inputs: int = 3) -> nn.Module:
     """Return ResNet-19; with ``inputs=2`` for event frames."""
     linear = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, num_classes))
-    return StagedResNet(64, _NINETEEN, projected, nn.AdaptiveAvgPool2d(1), linear, inputs)
+    return StagedResNet(64, NINETEEN, projected, nn.AdaptiveAvgPool2d(1), linear, inputs)
 
 
 def wide_resnet19(num_classes: int = 10) -> nn.Module:
@@ -135,11 +138,6 @@ def wide_resnet19(num_classes: int = 10) -> nn.Module:
     dropout1, dropout2 = nn.Dropout(0.25), nn.Dropout(0.25)
     linear1, linear2 = nn.Linear(512 * 4 * 4, 256), nn.Linear(256, num_classes)
     linear = nn.Sequential(OrderedDict(dropout1=dropout1, linear1=linear1, dropout2=dropout2, linear2=linear2))
-    model = StagedResNet(128, _NINETEEN, projected, nn.AvgPool2d(2), linear)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    model = StagedResNet(128, NINETEEN, projected, nn.AvgPool2d(2), linear)
+    he_normal(model)
     return model
-
-
-_NINETEEN = ((128, 3), (256, 3), (512, 2))

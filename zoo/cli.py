@@ -11,7 +11,7 @@ from typing import Any
 import click
 import torch
 
-from ..artifact import versions, write_tensors
+from ..artifact import make_folder, versions, write_tensors
 from ..cli import command_line
 from ..errors import ArgumentError, ArtifactError
 from ..records import plain_value
@@ -130,7 +130,7 @@ def train_command(recipe: str, out: Path, data: str | None) -> None:
     settings = read_recipe(recipe)
     if data is not None:
         settings["data"] = data
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "Name another with --out.")
     path, accuracy = train(settings, out, Terminal())
     click.echo(f"{path}: accuracy {100 * accuracy:.2f} % on the test split")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +38,15 @@ class Preprocessing:
             )
         if not (all(value > 0 for value in self.std) and all(map(math.isfinite, (*self.mean, *self.std)))):
             raise ArgumentError(f"mean is {self.mean} and std {self.std}; expected finite numbers, std above 0.")
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Preprocessing:
+        """Rebuild it from the values that files keep; more names than its own may be among them.
+
+        Raises:
+            KeyError: for a name that is missing.
+        """
+        return cls(*(tuple(plain[item.name]) for item in fields(cls)))
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return normalised float32 [N, C, H, W] from uint8 [N, C, H, W], resized where sizes differ."""

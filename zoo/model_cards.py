@@ -79,6 +79,11 @@ def card_json(card: ModelCard) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, **plain_value(card)}
 
 
+def card_text(card: ModelCard) -> str:
+    """Return a card as its file holds it."""
+    return json.dumps(card_json(card), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 def read_card(text: str, where: str) -> ModelCard:
     """Return the card that a JSON text holds.
 
@@ -111,7 +116,7 @@ def read_card(text: str, where: str) -> ModelCard:
         )
     try:
         values = {name: found[name] for name in names}
-        values["preprocessing"] = _preprocessing(found["preprocessing"])
+        values["preprocessing"] = Preprocessing.from_json(found["preprocessing"])
         values["weights"] = _weights(found["weights"])
         if found.get("accuracy") is not None:
             values["accuracy"] = tuple(map(float, found["accuracy"]))
@@ -121,10 +126,6 @@ def read_card(text: str, where: str) -> ModelCard:
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where}: a damaged card ({error}). Fetch or write it again.") from error
     return card
-
-
-def _preprocessing(plain: Mapping[str, Any]) -> Preprocessing:
-    return Preprocessing(*(tuple(plain[name]) for name in ("input_size", "mean", "std")))
 
 
 def _weights(plain: Mapping[str, Any]) -> Weights:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .initialisation import he_normal
+
 THIRTY_FOUR = ((64, 3), (128, 4), (256, 6), (512, 3))
 
 
@@ -51,9 +53,7 @@ class MSResNet34(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(before, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_normal(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits."""

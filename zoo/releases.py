@@ -13,14 +13,14 @@ from typing import Any
 from urllib.parse import urljoin
 
 from ..artifact import FORMAT as SNN_FORMAT
-from ..artifact import file_digest, is_there, read_snn, read_tensors, user_path, write_atomically
+from ..artifact import file_digest, is_there, make_folder, read_snn, read_tensors, user_path, write_atomically
 from ..errors import ArgumentError, ArtifactError, DownloadError
 from .cache import SUFFIX, offline
 from .images import Preprocessing
 from .locations import PACKAGE, HubFile, LocalFile, Packaged, parsed_location
-from .model_cards import NAME, ModelCard, SpikingCard, card_json, card_markdown, read_card
+from .model_cards import NAME, ModelCard, SpikingCard, card_markdown, card_text, read_card
 from .models import added
-from .registry import architecture
+from .registry import Card, architecture
 from .transfer import Weights, small_file
 
 INDEX = "index.json"
@@ -68,7 +68,7 @@ def card_of_file(
         name=name,
         architecture=found.name,
         num_classes=facts.get("num_classes", found.num_classes),
-        preprocessing=_preprocessing(facts.get("preprocessing")) or found.preprocessing,
+        preprocessing=_preprocessing(facts, found),
         data=data_name(recipe["data"]),
         recipe=recipe,
         seed=recipe["seed"],
@@ -85,7 +85,7 @@ def _spiking_card(
     name: str, path: Path, licence: str, weights: Weights, measured: Mapping[str, Any] | None
 ) -> SpikingCard:
     manifest = read_snn(path)[1]
-    source, preprocessing = manifest["source"], _preprocessing(manifest.get("preprocessing"))
+    source = manifest["source"]
     if source["architecture"] is None:
         raise ArtifactError(
             f"{path}: was made from {source['name'] or 'a module'}, not from an architecture of the zoo, so nobody "
@@ -99,7 +99,7 @@ def _spiking_card(
         name=name,
         architecture=source["architecture"],
         num_classes=source["num_classes"],
-        preprocessing=preprocessing or architecture(source["architecture"]).preprocessing,
+        preprocessing=_preprocessing(manifest, architecture(source["architecture"])),
         data=None if manifest.get("data") is None else data_name(manifest["data"]),
         recipe={key: manifest[key] for key in ("calibration", "training", "epochs") if key in manifest},
         seed=manifest.get("seed"),
@@ -118,10 +118,10 @@ def _spiking_card(
     )  # fmt: skip
 
 
-def _preprocessing(plain: Mapping[str, Any] | None) -> Preprocessing | None:
-    if plain is None:
-        return None
-    return Preprocessing(*(tuple(plain[name]) for name in ("input_size", "mean", "std")))
+def _preprocessing(facts: Mapping[str, Any], found: Card) -> Preprocessing:
+    """Return what a file says of its input, or the architecture's."""
+    stored = facts.get("preprocessing")
+    return found.preprocessing if stored is None else Preprocessing.from_json(stored)
 
 
 def data_name(spec: str) -> str:
@@ -149,7 +149,7 @@ def publish(cards: Sequence[tuple[ModelCard, Path]], folder: Path) -> Path:
     Raises:
         ArtifactError: if something cannot be written, or two models would share a file.
     """
-    _make(folder)
+    make_folder(folder, "Choose another one.")
     index = folder / INDEX
     models = _index(index.read_text(encoding="utf-8"), str(index)) if is_there(index) else {}
     taken = {entry["weights"]: (name, entry["sha256"]) for name, entry in models.items()}
@@ -157,7 +157,7 @@ def publish(cards: Sequence[tuple[ModelCard, Path]], folder: Path) -> Path:
         owner, digest = taken.setdefault(path.name, (card.name, card.weights.sha256))
         if owner != card.name and digest != card.weights.sha256:
             raise ArtifactError(f"{folder / path.name}: is the file of {owner} already; rename the one of {card.name}.")
-        text = json.dumps(card_json(card), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        text = card_text(card)
         write_atomically(folder / path.name, path.read_bytes())
         write_atomically(folder / f"{card.name}.json", text.encode())
         write_atomically(folder / f"{card.name}.md", card_markdown(card).encode())
@@ -210,20 +210,10 @@ def add(address: str) -> list[ModelCard]:
             raise ArgumentError(
                 f"{where}: {card.name} is a model of the package; expected another name. Rename it there."
             )
-    _make(added())
+    make_folder(added(), "Choose another one with LMH_HOME.")
     for card in cards:
-        text = json.dumps(card_json(card), indent=2, sort_keys=True, ensure_ascii=False)
-        write_atomically(added() / f"{card.name}.json", text.encode())
+        write_atomically(added() / f"{card.name}.json", card_text(card).encode())
     return cards
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtifactError(
-            f"{folder}: cannot be made ({error.strerror or error}); expected a writable place. Choose another one."
-        ) from error
 
 
 def _address(text: str) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from .initialisation import he_normal
+
 EIGHTEEN = (2, 2, 2, 2)
 THIRTY_FOUR = (3, 4, 6, 3)
 
@@ -52,9 +54,7 @@ class SEWResNet(nn.Module):
         self.layer4 = _stage(256, 512, blocks[3], 2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(512, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_normal(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits."""

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from .initialisation import he_normal
+
 Stages = Sequence[Sequence[int]]
 
 ELEVEN: Stages = ((64,), (128,), (256, 256), (512, 512), (512, 512))
@@ -46,9 +48,7 @@ class VGG(nn.Module):
             layers.append(pool(2))
         self.features = nn.Sequential(*layers)
         self.classifier = classifier
-        for layer in layers:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        he_normal(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""
