@@ -8,8 +8,9 @@
 
 T is the number of all steps that run, also where a delayed readout does not read the first of them. Reconstruction
 and distillation draw the order of their samples; with --seeds n their figure is the mean of n runs, and half the spread
-(largest less smallest) is printed beside it. Everything else gives the same each time. Distillation takes 1,600 batches
-of 64 images through the quantised network and 3,840/T through the spikes, however many images there are.
+(largest less smallest) is printed beside it. Everything else gives the same each time. Distillation takes 2,400 batches
+of 64 images through the quantised network and 5,760/T through the spikes, at most 1,440; reconstruction 800/T a block:
+beyond T = 4 each T costs about the same, and it does not matter how many images there are.
 
 Without --ann and --data both are looked for in the folder LMH_TEST_DATA (packs of lossless WebP images, and
 ``cifar10-resnet20-idelbayev.th``); with --quick and neither, the zoo's digits network takes their place. Every figure
@@ -24,6 +25,7 @@ Prints its settings, a table, and as the last line one JSON object: `ann`, `best
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -66,11 +68,15 @@ from lmh.convert.calibration_cli import CORRECTIONS
 from lmh.convert.loading import load_source
 from lmh.finetune import BFloat16, Float32, LabelFree, distill
 from lmh.finetune.precision import Precision
+from lmh.kernels import Kernel, can_compile, use_kernel
+from lmh.pages import keep_freed_memory
 from lmh.zoo import Batches, Preprocessing, load_data, seeded_order
 from lmh.zoo.images import Split
 
 WEIGHTS = "cifar10-resnet20-idelbayev.th"
 FOLDER = "LMH_TEST_DATA"
+FRAMES = 128
+"""Images times T of a batch that is measured; more of them leave the cache."""
 
 
 @dataclass(frozen=True)
@@ -116,29 +122,34 @@ def delayed(*corrections: Correction) -> Method:
 def refined(
     *corrections: Correction, neuron: LMH | None = None, reconstruction: Reconstruction | None = None
 ) -> Method:
-    """The thresholds that are found unless one names a policy, then corrections, then reconstruction."""
+    """The thresholds that are found unless one names a policy, then corrections, then reconstruction.
+
+    The steps of ``reconstruction`` are those at T = 4; with more or fewer T there are fewer or more of them.
+    """
 
     def method(task: Task) -> Conversion:
         first = convert(task.ann, task.timesteps, data=task.images, neuron=neuron)
-        seeded = None if reconstruction is None else replace(reconstruction, seed=task.seed)
-        return refine(first, task.images, corrections=corrections, reconstruction=seeded)
+        own = reconstruction
+        if own is not None:
+            own = replace(own, steps=ceil(4 * own.steps / task.timesteps), seed=task.seed)
+        return refine(first, task.images, corrections=corrections, reconstruction=own)
 
     return method
 
 
-def distilled(qcfs_steps: int, passes: int) -> Method:
+def distilled(qcfs_steps: int, steps: int) -> Method:
     """The quantised network, corrections, then the spikes.
 
     Args:
         qcfs_steps: batches of augmented images through the quantised network.
-        passes: batches times T through the spikes, so that the cost is the same at every T.
+        steps: those through the spikes at T ≤ 4; with more T there are fewer of them, at the same cost.
     """
 
     def method(task: Task) -> Conversion:
         first = convert(task.ann, task.timesteps, data=task.images)
         batches = len(task.augmented)
         own = LabelFree(
-            epochs=ceil(passes / task.timesteps / batches),
+            epochs=ceil(steps * min(1, 4 / task.timesteps) / batches),
             qcfs_epochs=ceil(qcfs_steps / batches),
             precision=task.precision,
             seed=task.seed,
@@ -180,9 +191,9 @@ DRAWN: dict[str, Method] = {
     "weights + thresholds + reconstruction, IF": refined(
         *USUAL_CORRECTIONS, reconstruction=replace(FIT, coefficients=False)
     ),
-    "distilled, not through the spikes": distilled(1600, 0),
-    "distilled, not quantised": distilled(0, 3840),
-    "distilled": distilled(1600, 3840),
+    "distilled, not through the spikes": distilled(2400, 0),
+    "distilled, not quantised": distilled(0, 1440),
+    "distilled": distilled(2400, 1440),
 }
 """Those that give another network with another seed."""
 METHODS = FIXED | DRAWN
@@ -235,10 +246,12 @@ def opened(weights: str | None, data: str | None, quick: bool) -> tuple[str, str
     return weights, data, found.train, found.test
 
 
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor, batch: int) -> float:
-    """Return the share of images whose class is right."""
-    with torch.no_grad():
-        chosen = torch.cat([network(part).argmax(1) for part in images.split(batch)])
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor, steps: int = 1) -> float:
+    """Return the share of images whose class is right, after ``steps`` time steps each."""
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parts = images.to(memory_format=torch.channels_last).split(max(1, FRAMES // steps))
+    with torch.no_grad(), use_kernel(Kernel.COMPILED if can_compile("cpu") else Kernel.FUSED):
+        chosen = torch.cat([network(part).argmax(1) for part in parts])
     return float((chosen == labels).double().mean())
 
 
@@ -295,8 +308,7 @@ def _figure(kept: Cache, name: str, task: Task, x: Tensor, labels: Tensor, diagn
         started = time.perf_counter()
         conversion = METHODS[name](task)
         taken = time.perf_counter() - started
-        batch = max(8, 512 // task.timesteps)
-        figure = {"accuracy": accuracy(conversion.snn, x, labels, batch), "seconds": round(taken, 1)}
+        figure = {"accuracy": accuracy(conversion.snn, x, labels, task.timesteps), "seconds": round(taken, 1)}
         kept.put(entry, task.timesteps, figure)
         if diagnosed:
             print("\n".join(diagnose(conversion.prepared, conversion.snn, task.images[:128]).lines()))
@@ -332,6 +344,7 @@ def main(
     quick: bool,
 ) -> None:
     """Convert with every method at every T and measure."""
+    keep_freed_memory()
     steps = [2, 4] if quick else [int(part) for part in timesteps.split(",")]
     names = only or (QUICK if quick else tuple(METHODS))
     if unknown := [name for name in names if name not in METHODS]:
@@ -356,7 +369,7 @@ def main(
           f"{len(shown)} to test, lmh {__version__}, torch {torch.__version__}, {platform.machine()}, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
     kept = Cache(cache, settings)
-    reference = kept.get("ann", 0) or {"accuracy": accuracy(ann, x, labels, 256)}
+    reference = kept.get("ann", 0) or {"accuracy": accuracy(copy.deepcopy(ann), x, labels)}
     kept.put("ann", 0, reference)
     print(f"ANN {100 * reference['accuracy']:.2f} %")
     figures: dict[str, dict[str, float]] = {name: {} for name in names}
