@@ -8,7 +8,8 @@ backward and an update by SGD with momentum, as :func:`lmh.finetune.finetune` do
 Every row comes from fresh processes: one that trains the ANN and the spiking network in turn, for the median time and
 the median of the ratios within a round, and one that trains the spiking network alone, for its peak resident memory
 with all that Python and torch take. ``peak_mb`` of the ANN is that of a process that trains the ANN alone. With
-``--recompute`` the spiking network trains by ``Recompute()``.
+``--recompute`` the spiking network trains by ``Recompute()`` and freed memory is given back, as with ``lmh finetune
+--recompute``; the ANN trains as ever.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from lmh.finetune.log import peak_memory_mb
 from lmh.finetune.memory import Memory
 from lmh.finetune.optimiser import optimiser
 from lmh.finetune.steps import Stepper, Work
-from lmh.pages import keep_freed_memory
+from lmh.pages import keep_freed_memory, return_freed_memory
 from lmh.torchvision_shim import torchvision
 from lmh.zoo.cifar_resnet import CifarResNet
 
@@ -73,16 +74,12 @@ def work_of(batch: int) -> Work:
 def timed(name: str, timesteps: int, k: int, memory: Memory, batch: int, rounds: int, threads: int) -> dict[str, Any]:
     """Milliseconds of the ANN's step and of the spiking network's, in turn, after one round that does not count."""
     torch.set_num_threads(threads)
-    keep_freed_memory()
-    ann, snn = stepper_of(name, 0, 0, memory), stepper_of(name, timesteps, k, memory)
+    allocate_for(memory)
+    ann, snn = stepper_of(name, 0, 0, KeepAll()), stepper_of(name, timesteps, k, memory)
     work = work_of(batch)
     taken: list[tuple[float, float]] = []
     for _ in range(rounds + 1):
-        moments = [time.perf_counter()]
-        for stepper in (ann, snn):
-            stepper(work)
-            moments.append(time.perf_counter())
-        taken.append((moments[1] - moments[0], moments[2] - moments[1]))
+        taken.append((seconds_of(ann, work, KeepAll()), seconds_of(snn, work, memory)))
     kernels = {kernel.value for kernel in kernels_used(snn.model).values() if kernel is not None}
     return {
         "ann_ms": round(1000 * statistics.median(ann for ann, _ in taken[1:]), 1),
@@ -92,10 +89,26 @@ def timed(name: str, timesteps: int, k: int, memory: Memory, batch: int, rounds:
     }
 
 
+def allocate_for(memory: Memory) -> None:
+    """Keep freed memory or give it back, as ``lmh finetune`` does."""
+    if isinstance(memory, Recompute):
+        return_freed_memory()
+    else:
+        keep_freed_memory()
+
+
+def seconds_of(stepper: Stepper, work: Work, memory: Memory) -> float:
+    """How long a step takes."""
+    allocate_for(memory)
+    started = time.perf_counter()
+    stepper(work)
+    return time.perf_counter() - started
+
+
 def peak(name: str, timesteps: int, k: int, memory: Memory, batch: int, threads: int) -> float | None:
     """Megabytes that a process holds at most in three steps; T = 0 is the ANN."""
     torch.set_num_threads(threads)
-    keep_freed_memory()
+    allocate_for(memory)
     stepper, work = stepper_of(name, timesteps, k, memory), work_of(batch)
     for _ in range(3):
         stepper(work)
@@ -137,7 +150,7 @@ def main(
     rows: dict[tuple[str, int, int], dict[str, Any]] = {}
     for name in names:
         size = batch or BATCHES[name]
-        ann_mb = fresh(peak, name, 0, 0, memory, size, threads)
+        ann_mb = fresh(peak, name, 0, 0, KeepAll(), size, threads)
         for timesteps in wanted:
             for k in sorted({*(k for k in (() if quick else SLICES) if timesteps % k == 0), timesteps}):
                 row = fresh(timed, name, timesteps, k, memory, size, rounds, threads)

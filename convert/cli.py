@@ -19,7 +19,6 @@ from ..calibrate import Policy
 from ..cli import command_line, run
 from ..errors import ArgumentError, ArtifactError, DataError, LMHError
 from ..evaluation import evaluate
-from ..pages import keep_freed_memory
 from ..readout import Average
 from ..records import Evaluation, plain_value
 from ..results import describe_network
@@ -359,7 +358,6 @@ def _training(job: Job, conversion: Conversion, source: Source, inputs: Inputs) 
 
     if inputs.train is None or getattr(inputs.train.split, "labels", None) is None:
         raise DataError(f"{job.data}: no labelled training samples; expected some for --finetune.")
-    keep_freed_memory()
     recipe = Wishes(epochs=job.epochs).recipe_for(spiking=False, batches=inputs.train, seed=job.amounts.seed)
     checkpoint = Checkpoint(job.output.with_name(f"{job.output.name}.training"))
     return Training(conversion, recipe, inputs, source.model, checkpoint)

@@ -23,7 +23,7 @@ from ..convert.pipeline import Conversion, convert
 from ..convert.report_cli import source_ann, stored_preprocessing
 from ..convert.storage import MANIFEST, load, save
 from ..errors import ArgumentError, DataError
-from ..pages import keep_freed_memory
+from ..pages import return_freed_memory
 from ..records import plain_value
 from ..results import describe_network
 from ..terminal import Terminal, print_result
@@ -220,7 +220,8 @@ def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
         if not any(file.exists() for file in files_of(job.checkpoint)):
             terminal.notice(f"{job.resume}: there is no checkpoint yet; the run starts anew.")
     check_output(job.output, job.network, job.data)
-    keep_freed_memory()
+    if wishes.recomputes:
+        return_freed_memory()
     torch.manual_seed(job.amounts.seed)
     spiking = job.timesteps is None
     start, recipe = _from_snn(job, wishes, terminal) if spiking else _from_ann(job, wishes, terminal)

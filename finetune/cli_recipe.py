@@ -158,6 +158,12 @@ class Wishes:
         if self.loss == "tet" and self.label_smoothing is not None:
             raise click.UsageError("--label-smoothing goes with --loss ce. Leave one out.")
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether memory is short."""
+        schedules = () if self.recipe is None else read_recipe(self.recipe).schedules
+        return self.recompute or any(isinstance(schedule.memory, Recompute) for schedule in schedules)
+
     def recipe_for(self, *, spiking: bool, batches: Batches, seed: int) -> TrainingRecipe:
         """Return the recipe.
 

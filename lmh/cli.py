@@ -13,6 +13,7 @@ import click
 
 from . import __version__
 from .errors import LMHError
+from .pages import keep_freed_memory
 
 COMMANDS = {
     "convert": ("lmh.convert.cli", "convert_command", "Convert a model to a spiking network (lmh-convert)."),
@@ -56,6 +57,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     With ``--json`` among the arguments an error is printed as ``{"error": …}`` on standard output.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    keep_freed_memory()
     try:
         result: Any = command.main(arguments, prog_name=command.name, standalone_mode=False)
     except click.UsageError as error:
