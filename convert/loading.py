@@ -114,8 +114,7 @@ def load_source(
         state = found
         fit = _fit(path, state, card)
     notices = (*notices, *_said(fit, state, named=card is not None))
-    found = _as_trained(path, kind, fit.card)
-    return Source(_filled(fit, state), name, found, fit.num_classes, digest, notices, entry)
+    return Source(_filled(fit, state), name, _as_trained(path, kind, fit.card), fit.num_classes, digest, notices, entry)
 
 
 def _as_trained(path: Path, kind: FileKind, card: Card) -> Card:

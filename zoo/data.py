@@ -18,7 +18,7 @@ from .images import AnyPreprocessing, FramePreprocessing, Preprocessing
 from .splits import ArraySplit, DataSet
 
 IMAGES_HELP = "digits, npz:FILE, cifar10:DIR, cifar100:DIR, tinyimagenet:DIR or folder:DIR"
-EVENTS_HELP = " or ".join(f"{kind}:DIR" for kind in EVENT_SETS)
+EVENTS_HELP = "cifar10dvs:DIR, nmnist:DIR or dvsgesture:DIR"
 HELP = f"{IMAGES_HELP}; for networks of event frames {EVENTS_HELP}"
 OF_CIFAR100 = Preprocessing((3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
