@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,32 @@ def test_the_commands_take_cifar10_dvs_for_vgg_dvs() -> None:
     assert measured["snn_accuracy"] == tuned["snn_accuracy"]
     card = zoo.card("cifar10dvs-vgg").preprocessing.described()
     assert card == {"input": "event frames, T × 2 × 48 × 48"}
+
+
+@pytest.mark.slow
+def test_what_the_page_says_on_event_data_runs() -> None:
+    """With T, batches and epochs made small."""
+    page = (Path(__file__).parent.parent / "docs" / "zoo.md").read_text()
+    _, _, page = page.partition("### Event data")
+    small = (
+        page.replace("timesteps=10", f"timesteps={T}")
+        .replace("-T 10", f"-T {T}")
+        .replace("build(), 10", f"build(), {T}")
+    )
+    small = (
+        small.replace("epochs=30", "epochs=1")
+        .replace("--epochs 30", "--epochs 1")
+        .replace("preprocessing, 16", "preprocessing, 2")
+    )
+    KINDS["cifar10dvs"].fill(Path("data"), per_class=2, labels=2)
+    names: dict[str, Any] = {}
+    exec(re.findall(r"^```python\n(.*?)^```", small, re.MULTILINE | re.DOTALL)[0], names)
+    assert names["x"].shape == (T, 2, 2, 48, 48)
+    lines = [line.partition("#")[0].split() for line in small.splitlines() if line.startswith("lmh")][:3]
+    for name, *words in lines:
+        succeed(*(["convert"] if name == "lmh-convert" else []), *words)
+    assert [line[0] for line in lines] == ["lmh", "lmh", "lmh-convert"]
+    assert {path.name for path in Path().glob("*.safetensors")} == {"tuned.safetensors", f"vgg-snn-T{T}.safetensors"}
 
 
 class TestCommandsOnAnOwnNetwork:

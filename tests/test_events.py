@@ -15,6 +15,7 @@ from lmh.errors import ArgumentError, DataError
 from lmh.finetune import STBP, Schedule
 from lmh.finetune.recipe import TrainingRecipe
 from lmh.zoo import AutoAugment, Batches, CropFlip, Cutout, FramePreprocessing, InTurn, OneOf, Roll, Rotate
+from lmh.zoo import events as zoo_events
 from lmh.zoo.events import EventSplit
 
 T = 5
@@ -96,6 +97,10 @@ def test_a_batch_has_time_first_and_counts_as_they_are(kind: Kind, tmp_path: Pat
     [(x, y)] = Batches(split, FramePreprocessing(split.shape))
     assert (x.shape, x.dtype, y.dtype) == ((T, 6, 2, kind.side, kind.side), torch.float32, torch.int64)
     assert torch.equal(x, split.images(torch.arange(6)).transpose(0, 1).float())
+    shards = [list(Batches(split, FramePreprocessing(split.shape)).shard(rank, 2)) for rank in range(2)]
+    for rank, [(some, labels)] in enumerate(shards):
+        assert torch.equal(some, x[:, rank::2])
+        assert torch.equal(labels, y[rank::2])
     [(small, _)] = Batches(split, FramePreprocessing((2, kind.side // 2, kind.side // 2)))
     area = torch.nn.functional.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, (T, 6))
     assert torch.allclose(small.sum((3, 4)), area.sum((3, 4)), rtol=0.05, atol=1)
@@ -117,6 +122,9 @@ def test_frames_are_made_once_and_anew_for_a_recording_that_changed(
 ) -> None:
     spec = NMNIST.fill(tmp_path, per_class=2, labels=2)
     split = part(zoo.load_data(spec, timesteps=T), "train")
+    split.images(torch.arange(2))
+    assert kept(home_folder) == []  # small recordings are decoded as fast as frames are read
+    monkeypatch.setattr(zoo_events, "SMALLEST_KEPT", 1000)
     first = split.images(torch.arange(2))
     assert len(kept(home_folder)) == 2
     read: list[int] = []
@@ -240,11 +248,20 @@ def test_a_damaged_recording_is_named(kind: Kind, tmp_path: Path) -> None:
             split.images(torch.tensor([0]))
 
 
-def test_frames_that_cannot_be_kept_say_where(tmp_path: Path, home_folder: Path) -> None:
+def test_frames_that_cannot_be_kept_say_where(
+    tmp_path: Path, home_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zoo_events, "SMALLEST_KEPT", 1000)
     split = part(zoo.load_data(NMNIST.fill(tmp_path, per_class=2, labels=1), timesteps=T), "train")
     home_folder.mkdir(exist_ok=True)
     (home_folder / "events").write_text("a file in the way")
-    with pytest.raises(DataError, match=r"cannot be kept; .* another place with LMH_HOME"):
+    with pytest.raises(DataError, match=r"cannot be kept \(.*events.*\); .* another place with LMH_HOME") as raised:
+        split.images(torch.tensor([0]))
+    assert "--output" not in str(raised.value)
+    (home_folder / "events").unlink()
+    split.images(torch.tensor([0]))
+    Path(split.recordings.data[split.chosen[0]]).unlink()
+    with pytest.raises(DataError, match=r"bin: cannot be read any more .* Put it back"):
         split.images(torch.tensor([0]))
 
 

@@ -96,6 +96,7 @@ def show_command(name: str, as_json: bool) -> None:
         "family": found.family,
         "parameters": parameters,
         "num_classes": classes,
+        "input": preprocessing.described()["input"],
         **asdict(preprocessing),
         "card": None if model is None else card_json(model),
     }
