@@ -321,7 +321,8 @@ def _from_snn(job: Job, wishes: Wishes, terminal: Terminal) -> tuple[Start, Trai
     record = manifest["source"]
     given = {name: getattr(job, name) for name in ("input_size", "mean", "std")}
     preprocessing, assumed = stored_preprocessing(manifest, given)
-    card = None if record["architecture"] is None else zoo.card(record["architecture"])
+    named = record["architecture"]
+    card = None if named is None else replace(zoo.card(named), preprocessing=preprocessing)
     source = Source(snn, job.network, card, record["num_classes"], record["sha256"])
     check_kind_of_data(job.data, preprocessing)
     known = replace(job, **vars(preprocessing))

@@ -202,6 +202,20 @@ def test_the_kind_of_data_is_checked_before_it_is_looked_for() -> None:
     assert "nmnist:gone holds event recordings" in err
 
 
+def test_a_network_that_the_api_converted_is_taken_for_what_it_is_and_not_for_its_architectures_kind() -> None:
+    """A network for images on event frames of one channel."""
+    ann = zoo.load("digits-cnn")
+    torch.save(ann.state_dict(), "ann.pt")
+    conversion = convert.convert(ann, T, example_input=torch.zeros(T, 1, 1, 8, 8), encoding=EventFrames())
+    source = {"name": "ann.pt", "architecture": "digits-cnn", "num_classes": 10, "sha256": None}
+    convert.save(conversion, "snn.safetensors", source=source)
+    for verb in ("report", "finetune"):
+        _, err = refused(verb, "snn.safetensors", "--data", "digits")
+        assert "digits holds images and the network's input is event frames, T × 1 × 8 × 8" in err
+        _, err = refused(verb, "snn.safetensors", "--data", KINDS["nmnist"].fill(Path("data"), per_class=2))
+        assert "the frames have 2 channels and the model takes 1" in err
+
+
 def test_a_network_of_frames_converts_without_data() -> None:
     torch.save(zoo.card("cifar10dvs-vgg").build().state_dict(), "vgg.pt")
     found = succeed("convert", "vgg.pt", "--arch", "cifar10dvs-vgg", "-T", T, "--json").result
