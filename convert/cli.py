@@ -26,7 +26,7 @@ from ..terminal import Terminal, print_fates, print_result
 from ..time_axis import MAX_TIMESTEPS
 from ..zoo.images import Batches
 from .calibration_cli import calibration_options, diagnosed
-from .cli_inputs import SEED, Amounts, Inputs, NumbersType, ReadoutType, open_inputs, source_options
+from .cli_inputs import DATA_HELP, SEED, Amounts, Inputs, NumbersType, ReadoutType, open_inputs, source_options
 from .export_cli import FORMATS, FORMATS_HELP, export_as, export_files
 from .label_free_cli import Images, LabelFreeWork
 from .loading import Source, load_source
@@ -77,7 +77,7 @@ class Job:
 @click.command("lmh-convert", context_settings={"max_content_width": 100})
 @click.argument("source")
 @click.option("--timesteps", "-T", type=click.IntRange(1, MAX_TIMESTEPS), required=True, help="Time steps T.")
-@click.option("--data", metavar="SPEC", help="digits, npz:FILE, cifar10:DIR, cifar100:DIR or folder:DIR.")
+@click.option("--data", metavar="SPEC", help=DATA_HELP)
 @source_options
 @calibration_options
 @click.option("--train-samples", type=_POSITIVE, help="Training images to fine-tune on; all unless given.")
@@ -314,17 +314,16 @@ def _load(job: Job) -> Source:
 
 
 def _convert(job: Job, source: Source, inputs: Inputs, terminal: Terminal) -> Conversion:
-    size = inputs.preprocessing.input_size
     data = None
     if inputs.calibration is not None and (job.calibration is None or job.calibration.needs_data):
         data = terminal.track(inputs.calibration, "calibrating", inputs.calibration.count)
-    example = torch.zeros((1, *size))
     return convert(
         source.model,
         job.timesteps,
         data=data,
         calibration=job.calibration,
-        example_input=example,
+        example_input=inputs.example,
+        encoding=inputs.encoding,
         keep=job.keep,
         surgery=job.surgery,
         maxpool=job.maxpool,

@@ -8,16 +8,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import click
+import torch
+from torch import Tensor
 
 from .. import zoo
 from ..errors import ArgumentError, DataError
 from ..readout import Average, DelayedReadout, MeanReadout, WeightedReadout
-from ..zoo.augmentation import CropFlip
-from ..zoo.data import ArraySplit
-from ..zoo.images import Batches, Preprocessing, Split
+from ..zoo.augmentation import Augmentation, CropFlip
+from ..zoo.data import HELP, check_kind_of_data
+from ..zoo.events import EventSplit, holds_events
+from ..zoo.images import AnyPreprocessing, Batches, FramePreprocessing, Preprocessing, Split
 from ..zoo.registry import IMAGENET
+from ..zoo.splits import ArraySplit
 from .loading import Source
+from .spike import DirectCoding, Encoding, EventFrames
 
+DATA_HELP = f"{HELP}."
 SEED = click.IntRange(0, 2**63 - 1)
 TRUST_OPTION = click.option(
     "--trust-pickle", is_flag=True, help="Let a pickled file run code. Only for files you trust."
@@ -91,7 +97,7 @@ class NumbersType(click.ParamType):
 class Inputs:
     """What a job reads: batches by purpose, how samples become input, and which parts of that were assumed."""
 
-    preprocessing: Preprocessing
+    preprocessing: AnyPreprocessing
     assumed: tuple[str, ...]
     calibration: Batches | None
     train: Batches | None
@@ -100,6 +106,17 @@ class Inputs:
     order: str | None
     training: str | None
     notices: tuple[str, ...] = ()
+
+    @property
+    def encoding(self) -> Encoding:
+        """Return what the input is to the spiking network."""
+        return EventFrames() if isinstance(self.preprocessing, FramePreprocessing) else DirectCoding()
+
+    @property
+    def example(self) -> Tensor:
+        """Return one sample as the spiking network takes it, of zeros: [1, C, H, W], or one frame [1, 1, C, H, W]."""
+        axes = (1, 1) if isinstance(self.preprocessing, FramePreprocessing) else (1,)
+        return torch.zeros((*axes, *self.preprocessing.input_size))
 
 
 @dataclass(frozen=True)
@@ -129,30 +146,51 @@ def open_inputs(
         ArgumentError: if normalisation and input size disagree.
     """
     known = source.card.preprocessing if source.card else None
+    if spec is not None and known is not None:
+        check_kind_of_data(spec, known)
     size = input_size or (known.input_size if known else source.input_size)
-    data = None if spec is None else zoo.load_data(spec, input_size=size or IMAGENET.input_size)
+    data = None if spec is None else zoo.load_data(spec, input_size=size or IMAGENET.input_size, timesteps=timesteps)
     assumed = []
     if size is None:
         size = IMAGENET.input_size
-        if data is not None and isinstance(data.test, ArraySplit):
-            size = tuple(data.test.pixels.shape[1:])
+        if data is not None and isinstance(data.test, ArraySplit | EventSplit):
+            size = data.test.shape
         assumed.append("input_size")
-    if mean is None or std is None:
-        fallback = known if known and known.input_size[0] == size[0] else _last_resort(size[0])
-        if fallback is not known:
-            assumed += [name for name, given in (("mean", mean), ("std", std)) if given is None]
-        mean, std = mean or fallback.mean, std or fallback.std
-    preprocessing = Preprocessing(size, mean, std)
+    preprocessing: AnyPreprocessing
+    if isinstance(known, FramePreprocessing) or (spec is not None and holds_events(spec)):
+        refuse_normalisation(mean, std)
+        preprocessing = FramePreprocessing(size)
+    else:
+        if mean is None or std is None:
+            fallback = known if known and known.input_size[0] == size[0] else _last_resort(size[0])
+            if fallback is not known:
+                assumed += [name for name, given in (("mean", mean), ("std", std)) if given is None]
+            mean, std = mean or fallback.mean, std or fallback.std
+        preprocessing = Preprocessing(size, mean, std)
     if data is None:
         notices = assumption_notices(preprocessing, [name for name in assumed if name == "input_size"])
         return Inputs(preprocessing, tuple(assumed), None, None, None, None, None, None, notices)
-    augmentation = source.card.augmentation if source.card else CropFlip(padding=0, flip=False)
-    inputs = _batches(data, preprocessing, augmentation, timesteps, amounts)
+    still = CropFlip(padding=0, flip=False)
+    inputs = _batches(data, preprocessing, source.card.augmentation if source.card else still, timesteps, amounts)
     said = (*assumption_notices(preprocessing, assumed), *_resize_notice(data, preprocessing))
     return replace(inputs, assumed=tuple(assumed), notices=(*said, f"Samples: {inputs.order}."))
 
 
-def assumption_notices(preprocessing: Preprocessing, assumed: Sequence[str]) -> tuple[str, ...]:
+def refuse_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Refuse what images have and event frames have not.
+
+    Raises:
+        ArgumentError: if either was given.
+    """
+    given = [name for name, value in (("--mean", mean), ("--std", std)) if value is not None]
+    if given:
+        raise ArgumentError(
+            f"{' and '.join(given)} came with event frames, which are numbers of events and are not normalised. "
+            "Leave it out."
+        )
+
+
+def assumption_notices(preprocessing: AnyPreprocessing, assumed: Sequence[str]) -> tuple[str, ...]:
     """Say what nobody named: ``assumed`` holds field names of :class:`Preprocessing`."""
     if not assumed:
         return ()
@@ -161,12 +199,12 @@ def assumption_notices(preprocessing: Preprocessing, assumed: Sequence[str]) -> 
     return (f"Assumed, as nothing says it: {values}. Give {options} if the model was trained otherwise.",)
 
 
-def _resize_notice(data: zoo.DataSet, preprocessing: Preprocessing) -> tuple[str, ...]:
+def _resize_notice(data: zoo.DataSet, preprocessing: AnyPreprocessing) -> tuple[str, ...]:
     wanted = tuple(preprocessing.input_size[1:])
-    if not isinstance(data.test, ArraySplit) or (have := tuple(data.test.pixels.shape[2:])) == wanted:
+    if not isinstance(data.test, ArraySplit | EventSplit) or (have := data.test.shape[1:]) == wanted:
         return ()
     shown = ("×".join(map(str, size)) for size in (have, wanted))
-    return ("Images are resized from {} to {}, the model's input size; --input-size overrides it.".format(*shown),)
+    return ("Samples are resized from {} to {}, the model's input size; --input-size overrides it.".format(*shown),)
 
 
 def _last_resort(channels: int) -> Preprocessing:
@@ -179,7 +217,7 @@ def _list(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
 
 
-def evaluation_batch(preprocessing: Preprocessing, timesteps: int) -> int:
+def evaluation_batch(preprocessing: AnyPreprocessing, timesteps: int) -> int:
     """Return a batch size whose timed activations stay near the processor: fewer for larger images and T."""
     pixels = math.prod(preprocessing.input_size[1:])
     return max(4, min(256, 2**18 // (timesteps * pixels)))
@@ -191,7 +229,7 @@ def training_batch(count: int) -> int:
 
 
 def _batches(
-    data: zoo.DataSet, preprocessing: Preprocessing, augmentation: CropFlip, timesteps: int, amounts: Amounts
+    data: zoo.DataSet, preprocessing: AnyPreprocessing, augmentation: Augmentation, timesteps: int, amounts: Amounts
 ) -> Inputs:
     small = evaluation_batch(preprocessing, timesteps)
     order = zoo.seeded_order(data.train, amounts.seed)

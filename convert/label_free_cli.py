@@ -212,6 +212,8 @@ class _Automatic:
 
     def best(self, conversion: Conversion) -> Conversion:
         """Return the best of the thresholds, the corrections and, with a budget, the distillation."""
+        from ..finetune.hybrid import over_frames
+
         started = time.monotonic()
         most, held_out = self.images.parted()
         seen = self._affordable(conversion, most)
@@ -225,7 +227,7 @@ class _Automatic:
                 tried += self._within(conversion, seen, 60 * self.budget - 2 * taken)
         except LMHError as error:
             self.terminal.notice(f"auto goes no further than {tried[-1].calibration.policy}: {error}")
-        ann = conversion.prepared.model
+        ann = over_frames(conversion.prepared.model, conversion.recipe)
         found = [_divergence(candidate.snn, ann, held_out) for candidate in tried]
         for candidate, divergence in zip(tried, found, strict=True):
             done = candidate.calibration.policy

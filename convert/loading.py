@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import zoo
-from ..artifact import file_digest, user_path
+from ..artifact import file_digest, read_metadata, user_path
 from ..errors import ArchitectureError, ArgumentError, SourceError
 from ..structures import INPUT_SIZE
+from ..zoo.images import preprocessing_of
 from ..zoo.registry import TORCHVISION, Card
 from .architectures import SHOWN, Fit, differences, fits, nearest, recognised, shapes_of, some
 from .checkpoints import chosen, is_average
@@ -113,7 +114,15 @@ def load_source(
         state = found
         fit = _fit(path, state, card)
     notices = (*notices, *_said(fit, state, named=card is not None))
-    return Source(_filled(fit, state), name, fit.card, fit.num_classes, digest, notices, entry)
+    return Source(_filled(fit, state), name, _as_trained(path, kind, fit.card), fit.num_classes, digest, notices, entry)
+
+
+def _as_trained(path: Path, kind: FileKind, card: Card) -> Card:
+    """Return the card with the input that a file of `lmh zoo train` says its network was trained on."""
+    facts = read_metadata(path).get("record") if kind is FileKind.SAFETENSORS else None
+    if not isinstance(facts, Mapping) or "preprocessing" not in facts:
+        return card
+    return replace(card, preprocessing=preprocessing_of(facts["preprocessing"]))
 
 
 def load_again(

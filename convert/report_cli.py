@@ -15,17 +15,26 @@ from ..evaluation import evaluate
 from ..results import describe_network
 from ..structures import each_shape
 from ..terminal import Terminal, print_result
-from ..zoo.images import Batches, Preprocessing
-from .cli_inputs import MODULE_OPTION, SEED, TRUST_OPTION, NumbersType, assumption_notices, evaluation_batch
+from ..zoo.data import check_kind_of_data
+from ..zoo.images import AnyPreprocessing, Batches, FramePreprocessing, Preprocessing
+from .cli_inputs import (
+    DATA_HELP,
+    MODULE_OPTION,
+    SEED,
+    TRUST_OPTION,
+    NumbersType,
+    assumption_notices,
+    evaluation_batch,
+    refuse_normalisation,
+)
 from .loading import load_again
+from .spike import EventFrames
 from .storage import MANIFEST, load
 
 
 @click.command("report")
 @click.argument("file")
-@click.option(
-    "--data", metavar="SPEC", required=True, help="digits, npz:FILE, cifar10:DIR, cifar100:DIR or folder:DIR."
-)
+@click.option("--data", metavar="SPEC", required=True, help=DATA_HELP)
 @click.option("--source", metavar="FILE", help="The ANN, where the saved network names none that can be built.")
 @click.option("--test-samples", type=click.IntRange(min=1), help="Test images to measure on; all unless given.")
 @click.option("--input-size", type=NumbersType(int, "3,224,224"), metavar="C,H,W", help="In place of the file's.")
@@ -72,9 +81,10 @@ def report(
     snn = load(file, source, trust_pickle=trust_pickle, modules=modules)
     manifest = snn.meta[MANIFEST]
     preprocessing, assumed = stored_preprocessing(manifest, overrides)
-    test = zoo.load_data(data, input_size=preprocessing.input_size).test
-    order = zoo.seeded_order(test, seed)[:test_samples]
+    check_kind_of_data(data, preprocessing)
     timesteps = manifest["recipe"]["timesteps"]
+    test = zoo.load_data(data, input_size=preprocessing.input_size, timesteps=timesteps).test
+    order = zoo.seeded_order(test, seed)[:test_samples]
     batches = Batches(test, preprocessing, evaluation_batch(preprocessing, timesteps), order)
     ann, notices = source_ann(manifest["source"], source, trust_pickle, modules)
     notices += assumption_notices(preprocessing, assumed)
@@ -91,7 +101,7 @@ def report(
 
 def stored_preprocessing(
     manifest: dict[str, Any], overrides: Mapping[str, tuple[Any, ...] | None]
-) -> tuple[Preprocessing, list[str]]:
+) -> tuple[AnyPreprocessing, list[str]]:
     """Return what turns images into input, and which of its fields nobody ever named.
 
     The command line comes first, then the file, then the architecture's card; a network that was saved by the
@@ -110,6 +120,13 @@ def stored_preprocessing(
     stored = manifest.get("preprocessing") or {}
     known |= {name: tuple(stored[name]) for name in ("input_size", "mean", "std") if name in stored}
     given = {name: value for name, value in overrides.items() if value is not None}
+    assumed = [name for name in stored.get("assumed", []) if name not in given]
+    if manifest["recipe"]["encoding"]["type"] == EventFrames.__name__:
+        try:
+            refuse_normalisation(given.get("mean"), given.get("std"))
+        except ArgumentError as error:
+            raise click.UsageError(str(error)) from error
+        return FramePreprocessing({**known, **given}["input_size"]), assumed
     missing = [f"--{name}" for name in ("mean", "std") if name not in {**known, **given}]
     if missing:
         raise click.UsageError(
@@ -119,7 +136,7 @@ def stored_preprocessing(
         preprocessing = Preprocessing(**{**known, **given})
     except ArgumentError as error:
         raise click.UsageError(str(error)) from error
-    return preprocessing, [name for name in stored.get("assumed", []) if name not in given]
+    return preprocessing, assumed
 
 
 def source_ann(

@@ -15,7 +15,7 @@ from .. import zoo
 from ..artifact import make_folder, user_path
 from ..cli import command_line
 from ..convert.cli import METRICS, check_output, default_output, device_of, measured
-from ..convert.cli_inputs import SEED, Amounts, Inputs, NumbersType, open_inputs, source_options
+from ..convert.cli_inputs import DATA_HELP, SEED, Amounts, Inputs, NumbersType, open_inputs, source_options
 from ..convert.inspect_cli import is_spiking
 from ..convert.loading import Source, load_source
 from ..convert.normalisation import NORMALISATIONS
@@ -28,11 +28,13 @@ from ..records import plain_value
 from ..results import describe_network
 from ..terminal import Terminal, print_result
 from ..time_axis import MAX_TIMESTEPS
+from ..zoo.data import check_kind_of_data
 from .checkpoint import Checkpoint
 from .cli_recipe import Wishes, recipe_options
 from .cli_training import Training, files_of
 from .distributed import Group, joined
 from .fresh import with_statistics
+from .hybrid import as_stills
 from .log import JSONLines, Log, TensorBoard
 from .recipe import TrainingRecipe, write_recipe
 
@@ -111,7 +113,7 @@ class Start:
 
 @click.command("finetune", context_settings={"max_content_width": 100})
 @click.argument("network")
-@click.option("--data", metavar="SPEC", help="digits, npz:FILE, cifar10:DIR, cifar100:DIR or folder:DIR.")
+@click.option("--data", metavar="SPEC", help=DATA_HELP)
 @click.option("--timesteps", "-T", type=click.IntRange(1, MAX_TIMESTEPS), help="Time steps T, for an ANN.")
 @recipe_options
 @click.option("--save-recipe", type=click.Path(dir_okay=False, path_type=Path), help="Write the recipe as TOML.")
@@ -297,9 +299,16 @@ def _from_ann(job: Job, wishes: Wishes, terminal: Terminal) -> tuple[Start, Trai
     recipe = wishes.recipe_for(spiking=False, batches=inputs.train, seed=job.amounts.seed)
     recipe.strategy.slice_steps(job.timesteps)
     samples = list(terminal.track(inputs.calibration, "calibrating", inputs.calibration.count))
-    ann = with_statistics(source.model, samples)
+    ann = with_statistics(source.model, list(as_stills(samples, inputs.encoding, 1)))
     norm = NORMALISATIONS[job.time_norm or "plain"]
-    conversion = convert(ann, job.timesteps, data=samples, neuron=recipe.strategy.neuron, normalisation=norm)
+    conversion = convert(
+        ann,
+        job.timesteps,
+        data=samples,
+        neuron=recipe.strategy.neuron,
+        encoding=inputs.encoding,
+        normalisation=norm,
+    )
     report = conversion.report
     notices = (*source.notices, *inputs.notices, *report.notices)
     start = Start(conversion, source.model, inputs, source.record(), report.calibration, report.nodes(), notices)
@@ -313,9 +322,11 @@ def _from_snn(job: Job, wishes: Wishes, terminal: Terminal) -> tuple[Start, Trai
     record = manifest["source"]
     given = {name: getattr(job, name) for name in ("input_size", "mean", "std")}
     preprocessing, assumed = stored_preprocessing(manifest, given)
-    card = None if record["architecture"] is None else zoo.card(record["architecture"])
+    named = record["architecture"]
+    card = None if named is None else replace(zoo.card(named), preprocessing=preprocessing)
     source = Source(snn, job.network, card, record["num_classes"], record["sha256"])
-    known = replace(job, input_size=preprocessing.input_size, mean=preprocessing.mean, std=preprocessing.std)
+    check_kind_of_data(job.data, preprocessing)
+    known = replace(job, **vars(preprocessing))
     timesteps = manifest["recipe"]["timesteps"]
     inputs = replace(_inputs(known, source, timesteps), assumed=tuple(assumed))
     assert inputs.train is not None

@@ -25,6 +25,9 @@ from ..zoo.augmentation import (
     ForImageNet,
     ForSVHN,
     InTurn,
+    OneOf,
+    Roll,
+    Rotate,
 )
 from .batch_norm import FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
 from .losses import TET, CrossEntropy, Distillation
@@ -111,6 +114,7 @@ TYPES: dict[str, type] = {
         LiveBatchNorm, FrozenBatchNorm, SyncedBatchNorm, EMA, EarlyStopping, MinError,
         LMH, IF, LIF, PerLayer, PerChannel, PerStep, Ranges, Triangle, Rectangle, Sigmoid, Arctan, Dspike,
         CropFlip, Cutout, AutoAugment, ForCIFAR10, ForImageNet, ForSVHN, InTurn,
+        OneOf, Roll, Rotate,
     )
 }  # fmt: skip
 _SHOWN = ("Hybrid", "Progressive", "TimeSliced", "Schedule")

@@ -131,6 +131,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {key: _from_json(value) for key, value in header.items()}
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Read the metadata alone of a file that is a .safetensors."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {key: _from_json(value) for key, value in (file.metadata() or {}).items()}
+
+
 def _from_json(text: str) -> Any:
     try:
         return json.loads(text)

@@ -45,7 +45,8 @@ def test_the_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = README + (ROOT / "docs" / "zoo.md").read_text()
-    found = [words for block in blocks("console", text) for words in commands(block) if "npz:cifar10.npz" not in words]
+    found = [words for block in blocks("console", text) for words in commands(block)]
+    found = [words for words in found if not {"npz:cifar10.npz", "cifar10dvs:data"} & {*words}]  # not at hand
     assert len(found) >= 4
     for words in found:
         assert execute(words) == 0, words

@@ -28,7 +28,7 @@ class Augmentation(Protocol):
         ...
 
     def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
-        """Return augmented images, uint8 [N, C, H, W] as they came."""
+        """Return augmented images, [N, C, H, W] in the type in which they came; event frames have 2 T channels."""
         ...
 
 
@@ -140,7 +140,16 @@ class AutoAugment:
         return (torch.randint(2**62, (count,), generator=generator),)
 
     def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
-        """Run torchvision's transform under each image's seed."""
+        """Run torchvision's transform under each image's seed.
+
+        Raises:
+            ArgumentError: for event frames.
+        """
+        if images.dtype != torch.uint8:
+            raise ArgumentError(
+                f"AutoAugment: the samples are {str(images.dtype).removeprefix('torch.')}, as event frames are; "
+                "expected images, uint8. Use OneOf((Roll(), Rotate(), Cutout(16))), and leave out --autoaugment."
+            )
         [seeds] = _tensors(drawn)
         transforms = torchvision().transforms
         transform = transforms.v2.AutoAugment(transforms.AutoAugmentPolicy(self.policy.name))
@@ -150,6 +159,93 @@ class AutoAugment:
                 torch.manual_seed(seed)
                 found.append(transform(image))
         return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class Roll:
+    """Each image moved by a random distance down and right; what leaves at one border comes in at the other.
+
+    Attributes:
+        share: of height and width, the farthest. The paper's code rolls 48 pixels by up to 5.
+    """
+
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1:
+            raise ArgumentError(f"Roll: share is {self.share!r}; expected a share of the image up to 1, such as 0.1.")
+
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """Return distances down and right, as shares of the farthest."""
+        return (2 * torch.rand(count, 2, generator=generator) - 1,)
+
+    def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
+        """Move each image by whole pixels."""
+        [shares] = _tensors(drawn)
+        far = self.share * torch.tensor(images.shape[2:])
+        moved = [
+            image.roll(pixels, (1, 2))
+            for image, pixels in zip(images, (shares * far).round().int().tolist(), strict=True)
+        ]
+        return torch.stack(moved)
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """Each image turned about its middle by a random angle, the nearest pixel for each; black where there is none.
+
+    Attributes:
+        degrees: the largest angle, either way.
+    """
+
+    degrees: float = 15.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.degrees, bool) or not isinstance(self.degrees, int | float) or not 0 < self.degrees <= 180:
+            raise ArgumentError(f"Rotate: degrees is {self.degrees!r}; expected an angle up to 180, such as 15.")
+
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """Return angles, as shares of the largest."""
+        return (2 * torch.rand(count, generator=generator) - 1,)
+
+    def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
+        """Run torchvision's rotation for each image."""
+        [shares] = _tensors(drawn)
+        rotate = torchvision().transforms.v2.functional.rotate
+        angles = (self.degrees * shares).tolist()
+        return torch.stack([rotate(image, angle) for image, angle in zip(images, angles, strict=True)])
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """For each image one of several augmentations, drawn with equal chances.
+
+    Attributes:
+        parts: such as ``(Roll(), Rotate(), Cutout(16))``, which the paper names for event frames.
+    """
+
+    parts: tuple[Augmentation, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ArgumentError("OneOf: parts is empty; expected augmentations, such as (Roll(), Rotate()).")
+
+    def draw(self, count: int, generator: torch.Generator) -> Drawn:
+        """Return which one each image gets, and what all of them draw."""
+        choice = torch.randint(len(self.parts), (count,), generator=generator)
+        return choice, *(part.draw(count, generator) for part in self.parts)
+
+    def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
+        """Apply to each image its own."""
+        choice, *rest = drawn
+        assert isinstance(choice, Tensor)
+        images = images.clone()
+        for index, (part, own) in enumerate(zip(self.parts, rest, strict=True)):
+            assert isinstance(own, tuple)
+            rows = choice == index
+            if rows.any():
+                images[rows] = part.apply(images[rows], chosen_rows(own, rows))
+        return images
 
 
 @dataclass(frozen=True)
@@ -174,7 +270,7 @@ class InTurn:
         return images
 
 
-def chosen_rows(drawn: Drawn, rows: slice) -> Drawn:
+def chosen_rows(drawn: Drawn, rows: slice | Tensor) -> Drawn:
     """Return what was drawn for some of the images.
 
     >>> chosen_rows((torch.arange(4), (torch.ones(4, 2),)), slice(1, None, 2))

@@ -16,7 +16,7 @@ from ..cli import command_line
 from ..errors import ArgumentError, ArtifactError
 from ..records import plain_value
 from ..terminal import Terminal
-from .data import load_data
+from .data import check_kind_of_data, load_data
 from .images import Batches, seeded_order
 from .model_cards import ModelCard, SpikingCard, card_facts, card_json
 from .models import card, list_models, model_card, model_names, readable_cards
@@ -96,6 +96,7 @@ def show_command(name: str, as_json: bool) -> None:
         "family": found.family,
         "parameters": parameters,
         "num_classes": classes,
+        "input": preprocessing.described()["input"],
         **asdict(preprocessing),
         "card": None if model is None else card_json(model),
     }
@@ -163,6 +164,7 @@ def train(settings: dict[str, Any], out: Path, terminal: Terminal) -> tuple[Path
     from ..finetune.trainer import accuracy
 
     found = card(settings["architecture"])
+    check_kind_of_data(settings["data"], found.preprocessing)
     data = load_data(settings["data"], input_size=found.preprocessing.input_size)
     seed, batch = settings["seed"], settings["batch_size"]
     torch.manual_seed(seed)
@@ -175,17 +177,18 @@ def train(settings: dict[str, Any], out: Path, terminal: Terminal) -> tuple[Path
         seed=seed,
     )
     chosen = seeded_order(data.train, seed)[: settings["samples"]] if "samples" in settings else None
-    batches = Batches(data.train, found.preprocessing, batch, chosen, found.augmentation, shuffle_seed=seed)
+    preprocessing = data.normalising(found.preprocessing)
+    batches = Batches(data.train, preprocessing, batch, chosen, found.augmentation, shuffle_seed=seed)
     with terminal.stage(f"training {found.name}", schedule.epochs * len(batches)) as advance:
         fit(
             model, batches, None, schedule, checkpoint=out / "training.safetensors",
             on_batch=lambda epoch, _index, loss: advance(1, f"epoch {epoch + 1}, loss {loss:.3f}"),
         )  # fmt: skip
-    measured = accuracy(model, Batches(data.test, found.preprocessing))
+    measured = accuracy(model, Batches(data.test, preprocessing))
     facts = {
         "recipe": settings,
         "num_classes": len(data.classes),
-        "preprocessing": plain_value(found.preprocessing),
+        "preprocessing": plain_value(preprocessing),
         "accuracy": measured,
         "test_samples": len(data.test),
         "versions": versions(),

@@ -1,106 +1,42 @@
-"""Data sets by one call: ``load_data("digits")``, ``"npz:FILE"``, ``"cifar10:DIR"``, ``"folder:DIR"``."""
+"""Data sets by one call: ``load_data("digits")``, ``"npz:FILE"``, ``"cifar10:DIR"``, ``"cifar10dvs:DIR"`` and so on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from ..artifact import is_there, user_path
 from ..errors import ArgumentError, DataError
 from ..torchvision_shim import torchvision
-from .images import Split
+from .events import EVENT_SETS, holds_events, open_events
+from .folders import class_folders, tiny_imagenet
+from .images import AnyPreprocessing, FramePreprocessing, Preprocessing
+from .splits import ArraySplit, DataSet
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
-HELP = "digits, npz:FILE, cifar10:DIR, cifar100:DIR or folder:DIR"
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """A data set.
-
-    Attributes:
-        name: the SPEC that named it.
-        train: for calibration and training.
-        test: for figures.
-        classes: class names in the order of the labels.
-    """
-
-    name: str
-    train: Split
-    test: Split
-    classes: tuple[str, ...]
+IMAGES_HELP = "digits, npz:FILE, cifar10:DIR, cifar100:DIR, tinyimagenet:DIR or folder:DIR"
+EVENTS_HELP = "cifar10dvs:DIR, nmnist:DIR or dvsgesture:DIR"
+HELP = f"{IMAGES_HELP}; for networks of event frames {EVENTS_HELP}"
+OF_CIFAR100 = Preprocessing((3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
-@dataclass(frozen=True)
-class ArraySplit:
-    """Images in memory, uint8 [N, C, H, W], labels int64 [N]."""
-
-    pixels: Tensor
-    labels: Tensor | None
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def images(self, indices: Tensor) -> Tensor:
-        """Return the chosen images, uint8 [n, C, H, W]."""
-        return self.pixels[indices]
-
-
-class FolderSplit:
-    """Images in class folders, decoded when asked for, centre-cropped and resized to one size."""
-
-    def __init__(self, files: list[Path], labels: Tensor, size: tuple[int, int], channels: int) -> None:
-        self.files, self.labels, self.size, self.channels = files, labels, size, channels
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def images(self, indices: Tensor) -> Tensor:
-        """Return the chosen images, uint8 [n, C, H, W].
-
-        Raises:
-            DataError: if a file is not an image.
-        """
-        return torch.stack([self._decode(self.files[i]) for i in indices.tolist()])
-
-    def _decode(self, path: Path) -> Tensor:
-        height, width = self.size
-        try:
-            with Image.open(path) as opened:
-                image = opened.convert("L" if self.channels == 1 else "RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataError(
-                f"{path}: not a readable image ({error}); expected PNG, JPEG or the like. Remove it."
-            ) from error
-        if image.size != (width, height):
-            scale = max(width / image.width, height / image.height)
-            if max(width, height) >= 128:
-                scale *= 256 / 224
-            image = image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))))
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-            image = image.crop((left, top, left + width, top + height))
-        pixels = np.asarray(image).reshape(height, width, self.channels)
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-
-
-def load_data(spec: str, *, input_size: tuple[int, ...] = (3, 224, 224)) -> DataSet:
+def load_data(spec: str, *, input_size: tuple[int, ...] = (3, 224, 224), timesteps: int | None = None) -> DataSet:
     """Open a data set.
 
     Args:
         spec: ``digits`` (scikit-learn's, embedded), ``npz:FILE`` (x_train [N, H, W, C] uint8, y_train, x_test,
-            y_test, classes), ``cifar10:DIR`` and ``cifar100:DIR`` (torchvision's layout), or ``folder:DIR``
-            (train/ and test/ or val/ with a folder for each class).
-        input_size: (C, H, W) that folder images are cropped and resized to; arrays keep their size.
+            y_test, classes), ``cifar10:DIR`` and ``cifar100:DIR`` (torchvision's layout), ``tinyimagenet:DIR``
+            (Tiny-ImageNet-200 as it is published), or ``folder:DIR`` (train/ and test/ or val/ with a folder for each
+            class, such as ImageNet-1k); event recordings in tonic's layout by ``cifar10dvs:DIR``, of which the first
+            900 of each class are for training and the last 100 for testing, ``nmnist:DIR`` and ``dvsgesture:DIR``.
+        input_size: (C, H, W) that images in folders are cropped and resized to; all others keep their size.
+        timesteps: T, the number of frames that an event recording becomes. Images need none.
 
     Raises:
-        ArgumentError: for a spec that is none of these.
+        ArgumentError: for a spec that is none of these, or event data without T.
         DataError: saying what is missing or does not fit, and where it was looked for.
 
     >>> data = load_data("digits")
@@ -109,8 +45,8 @@ def load_data(spec: str, *, input_size: tuple[int, ...] = (3, 224, 224)) -> Data
     """
     if len(input_size) != 3:
         raise DataError(
-            f"{spec} holds images and the input size is {','.join(map(str, input_size))}; expected C,H,W. Convert "
-            "without a data set, or by lmh.convert.convert(model, …, data=batches)."
+            f"{spec} holds images or event frames and the input size is {','.join(map(str, input_size))}; expected "
+            "C,H,W. Convert without a data set, or by lmh.convert.convert(model, …, data=batches)."
         )
     kind, _, where = spec.partition(":")
     if kind == "digits" and not where:
@@ -119,11 +55,32 @@ def load_data(spec: str, *, input_size: tuple[int, ...] = (3, 224, 224)) -> Data
         "npz": _npz,
         "cifar10": _cifar,
         "cifar100": _cifar,
-        "folder": lambda name, path: _folder(name, path, input_size),
+        "tinyimagenet": lambda name, path: tiny_imagenet(name, path, input_size),
+        "folder": lambda name, path: class_folders(name, path, input_size),
+        **dict.fromkeys(EVENT_SETS, lambda name, path: open_events(name, path, timesteps)),
     }
     if kind not in loaders or not where:
         raise ArgumentError(f"data {spec!r} is not known; expected {HELP}.")
     return loaders[kind](spec, user_path(where))
+
+
+def check_kind_of_data(spec: str, preprocessing: AnyPreprocessing) -> None:
+    """Refuse images for a network of event frames, and the reverse, before any of them are read.
+
+    Raises:
+        DataError: with the data sets that fit.
+
+    >>> check_kind_of_data("digits", Preprocessing((1, 8, 8), (0.3,), (0.4,)))
+    """
+    frames = isinstance(preprocessing, FramePreprocessing)
+    if holds_events(spec) == frames:
+        return
+    takes = preprocessing.described()["input"]
+    has, use = ("images", EVENTS_HELP) if frames else ("event recordings", IMAGES_HELP)
+    raise DataError(
+        f"{spec} holds {has} and the network's input is {takes}; expected data of that kind. "
+        f"Use --data {use}, or another network: those of `lmh zoo list` named cifar10dvs take event frames."
+    )
 
 
 def _digits() -> DataSet:
@@ -187,40 +144,5 @@ def _cifar(spec: str, path: Path) -> DataSet:
         ArraySplit(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in parts
     ]
-    return DataSet(spec, splits[0], splits[1], tuple(parts[0].classes))
-
-
-def _folder(spec: str, path: Path, input_size: tuple[int, ...]) -> DataSet:
-    if not (is_there(path) and path.is_dir()):
-        raise DataError(f"{path}: no such folder; expected one with train/ and test/ (or val/) of class folders.")
-    train = path / "train"
-    test = path / "test" if (path / "test").is_dir() else path / "val"
-    classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir()) if train.is_dir() else []
-    if not classes:
-        raise DataError(
-            f"{train}: no class folders there; expected {train}/CLASS/IMAGE.png. Sort the images into them."
-        )
-    if not test.is_dir():
-        raise DataError(f"{path}: has neither test/ nor val/; expected one of them, with a folder for each class.")
-    strange = sorted(entry.name for entry in test.iterdir() if entry.is_dir() and entry.name not in classes)
-    if strange:
-        raise DataError(
-            f"{test}: has the classes {', '.join(strange[:5])}, which {train} has not; expected the classes of train/. "
-            "Add them there, or take them out."
-        )
-    splits = [_folder_split(part, classes, input_size) for part in (train, test)]
-    return DataSet(spec, splits[0], splits[1], tuple(classes))
-
-
-def _folder_split(path: Path, classes: list[str], input_size: tuple[int, ...]) -> FolderSplit:
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(file for file in (path / name).rglob("*") if file.suffix.lower() in SUFFIXES)
-        files += found
-        labels += [label] * len(found)
-    if not files:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise DataError(f"{path}: no images in {len(classes)} class folders; expected files ending in {kinds}.")
-    channels, *size = input_size
-    return FolderSplit(files, torch.tensor(labels), (size[0], size[1]), channels)
+    own = OF_CIFAR100 if kind == "cifar100" else None
+    return DataSet(spec, splits[0], splits[1], tuple(parts[0].classes), own)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ArtifactError
 from ..records import plain_value
-from .images import Preprocessing
+from .images import AnyPreprocessing, preprocessing_of
 from .transfer import Weights
 
 FORMAT = "lmh-card"
@@ -42,7 +42,7 @@ class ModelCard:
     name: str
     architecture: str
     num_classes: int
-    preprocessing: Preprocessing
+    preprocessing: AnyPreprocessing
     data: str | None
     recipe: Mapping[str, Any]
     seed: int | None
@@ -116,7 +116,7 @@ def read_card(text: str, where: str) -> ModelCard:
         )
     try:
         values = {name: found[name] for name in names}
-        values["preprocessing"] = Preprocessing.from_json(found["preprocessing"])
+        values["preprocessing"] = preprocessing_of(found["preprocessing"])
         values["weights"] = _weights(found["weights"])
         if found.get("accuracy") is not None:
             values["accuracy"] = tuple(map(float, found["accuracy"]))
@@ -171,8 +171,7 @@ def card_facts(card: ModelCard) -> dict[str, str | None]:
     found: dict[str, str | None] = {
         "data": card.data,
         "classes": str(card.num_classes),
-        "input": " × ".join(map(str, card.preprocessing.input_size)),
-        "mean, std": f"{list(card.preprocessing.mean)}, {list(card.preprocessing.std)}",
+        **card.preprocessing.described(),
         "seed": None if card.seed is None else str(card.seed),
         "ANN accuracy": None if card.ann_accuracy is None else f"{100 * card.ann_accuracy:.2f} %{_of(card)}",
     }

@@ -12,11 +12,11 @@ from torch import nn
 
 from ..errors import ArgumentError
 from ..torchvision_shim import torchvision
-from .augmentation import CropFlip
+from .augmentation import Augmentation, CropFlip, Cutout, InTurn, OneOf, Roll, Rotate
 from .cifar_resnet import DEPTHS, CifarResNet, resnet18, resnet19, resnet20, wide_resnet19
 from .cifarnet import CIFARNet
 from .digits_cnn import DigitsCNN
-from .images import Preprocessing
+from .images import AnyPreprocessing, FramePreprocessing, Preprocessing
 from .ms_resnet import MSResNet34
 from .sew_resnet import sew_resnet18, sew_resnet34
 from .vgg import vgg11, vgg13, vgg16, vgg_dvs
@@ -25,7 +25,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET = Preprocessing((3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
 CIFAR10 = Preprocessing((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 TINY_IMAGENET = Preprocessing((3, 64, 64), IMAGENET_MEAN, IMAGENET_STD)
-EVENTS = Preprocessing((2, 48, 48), (0.0, 0.0), (1.0, 1.0))
+EVENTS = FramePreprocessing((2, 48, 48))
 TORCHVISION = "torchvision:"
 
 
@@ -45,13 +45,14 @@ class Card:
     name: str
     family: str
     build: Callable[..., nn.Module]
-    preprocessing: Preprocessing
-    augmentation: CropFlip
+    preprocessing: AnyPreprocessing
+    augmentation: Augmentation
     num_classes: int
 
 
 _DIGITS = Preprocessing((1, 8, 8), (0.3054,), (0.3760,))
 _FOUR, _FLIP = CropFlip(padding=4, flip=True), CropFlip(padding=0, flip=True)
+_MOVED = InTurn((_FLIP, OneOf((Roll(), Rotate(), Cutout(16)))))  # the paper's for CIFAR10-DVS, at 128×128
 _SHARED = Preprocessing((3, 32, 32), IMAGENET_MEAN, IMAGENET_STD)  # of the widely shared option-A weights
 _CARDS = [
     Card("digits-cnn", "digits", DigitsCNN, _DIGITS, CropFlip(padding=1, flip=False), 10),
@@ -65,8 +66,8 @@ _CARDS = [
     Card("cifar10-vgg16-bn", "vgg", vgg16, CIFAR10, _FOUR, 10),
     Card("cifar10-cifarnet", "cifarnet", CIFARNet, CIFAR10, _FOUR, 10),
     Card("tinyimagenet-vgg13-bn", "vgg", partial(vgg13, num_classes=200, side=64), TINY_IMAGENET, _FLIP, 200),
-    Card("cifar10dvs-vgg", "vgg", vgg_dvs, EVENTS, _FLIP, 10),
-    Card("cifar10dvs-resnet19", "resnet", partial(resnet19, inputs=2), EVENTS, _FLIP, 10),
+    Card("cifar10dvs-vgg", "vgg", vgg_dvs, EVENTS, _MOVED, 10),
+    Card("cifar10dvs-resnet19", "resnet", partial(resnet19, inputs=2), EVENTS, _MOVED, 10),
     Card("imagenet-sew-resnet18", "sew-resnet", sew_resnet18, IMAGENET, _FLIP, 1000),
     Card("imagenet-sew-resnet34", "sew-resnet", sew_resnet34, IMAGENET, _FLIP, 1000),
     Card("imagenet-ms-resnet34", "ms-resnet", MSResNet34, IMAGENET, _FLIP, 1000),

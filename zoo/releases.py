@@ -16,7 +16,7 @@ from ..artifact import FORMAT as SNN_FORMAT
 from ..artifact import file_digest, is_there, make_folder, read_snn, read_tensors, user_path, write_atomically
 from ..errors import ArgumentError, ArtifactError, DownloadError
 from .cache import SUFFIX, offline
-from .images import Preprocessing
+from .images import AnyPreprocessing, preprocessing_of
 from .locations import PACKAGE, HubFile, LocalFile, Packaged, parsed_location
 from .model_cards import NAME, ModelCard, SpikingCard, card_markdown, card_text, read_card
 from .models import added
@@ -118,10 +118,10 @@ def _spiking_card(
     )  # fmt: skip
 
 
-def _preprocessing(facts: Mapping[str, Any], found: Card) -> Preprocessing:
+def _preprocessing(facts: Mapping[str, Any], found: Card) -> AnyPreprocessing:
     """Return what a file says of its input, or the architecture's."""
     stored = facts.get("preprocessing")
-    return found.preprocessing if stored is None else Preprocessing.from_json(stored)
+    return found.preprocessing if stored is None else preprocessing_of(stored)
 
 
 def data_name(spec: str) -> str:
