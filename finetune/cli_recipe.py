@@ -128,8 +128,9 @@ class Wishes:
         wishes = cls(**{field.name: options.pop(field.name) for field in fields(cls)})
         source = click.get_current_context().get_parameter_source
         given = [field.name for field in fields(cls) if source(field.name) is ParameterSource.COMMANDLINE]
-        if wishes.recipe is not None and given != ["recipe"]:
-            flags = ", ".join(_flag(name) for name in given if name != "recipe")
+        others = [name for name in given if name != "recipe"]
+        if wishes.recipe is not None and others:
+            flags = ", ".join(map(_flag, others))
             raise click.UsageError(
                 f"--recipe {wishes.recipe} decides the training, and {flags} came with it. Leave one out."
             )

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
-from ..artifact import make_folder, versions, write_tensors
-from ..cli import command_line
-from ..errors import ArgumentError, ArtifactError
-from ..records import plain_value
-from ..terminal import Terminal
-from .data import check_kind_of_data, load_data
-from .images import Batches, seeded_order
+from ..errors import ArtifactError
 from .model_cards import ModelCard, SpikingCard, card_facts, card_json
 from .models import card, list_models, model_card, model_names, readable_cards
+from .recipe import read_recipe, recipe_names
 from .registry import TORCHVISION, list_architectures
+from .results import results_command
+from .train_cli import train_command
 from .weights_cli import add_command, download_command, export_card_command, publish_command, verify_command
-
-RECIPES = Path(__file__).parent / "recipes"
 
 
 @click.group("zoo")
@@ -31,7 +23,9 @@ def zoo_group() -> None:
     """Networks of the zoo: list, show, download and verify them, train them again, publish your own."""
 
 
-for command in (download_command, verify_command, export_card_command, add_command, publish_command):
+for command in (
+    download_command, verify_command, export_card_command, add_command, publish_command, train_command, results_command
+):  # fmt: skip
     zoo_group.add_command(command)
 
 
@@ -41,7 +35,7 @@ for command in (download_command, verify_command, export_card_command, add_comma
 @click.option("--timesteps", "-T", type=click.IntRange(min=1), help="Spiking networks of this T.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_command(family: str | None, data: str | None, timesteps: int | None, as_json: bool) -> None:
-    """List the zoo's architectures, trained ANNs and ready spiking networks."""
+    """List the zoo's architectures, recipes, trained ANNs and ready spiking networks."""
     architectures = list_architectures(family=family) if data is None and timesteps is None else []
     anns = list_models(family=family, data=data) if timesteps is None else []
     cards = list(readable_cards())
@@ -49,12 +43,28 @@ def list_command(family: str | None, data: str | None, timesteps: int | None, as
     wanted = steps if timesteps is None else [timesteps]
     spiking = [name for t in wanted for name in list_models(family=family, data=data, timesteps=t)]
     unreadable = [str(card) for card in cards if isinstance(card, ArtifactError)]
+    recipes = [
+        found
+        for found in map(read_recipe, recipe_names())
+        if data in (None, found.data)
+        and timesteps in (None, found.timesteps)
+        and family in (None, card(found.architecture).family)
+    ]
     if as_json:
-        found = {"architectures": architectures, "models": anns, "spiking": spiking, "unreadable": unreadable}
+        found = {
+            "architectures": architectures,
+            "recipes": [recipe.name for recipe in recipes],
+            "models": anns,
+            "spiking": spiking,
+            "unreadable": unreadable,
+        }
         click.echo(json.dumps(found))
         return
     for kind in dict.fromkeys(card(name).family for name in architectures):
         click.echo(f"architectures, {kind}: {', '.join(name for name in architectures if card(name).family == kind)}")
+    for recipe in recipes:
+        what = "an ANN" if recipe.timesteps is None else f"T = {recipe.timesteps}"
+        click.echo(f"recipe {recipe.name}: {recipe.architecture}, {recipe.data}, {what}")
     for name in (*anns, *spiking):
         click.echo(f"model {name}: {_short(model_card(name))}")
     for problem in unreadable:
@@ -118,82 +128,3 @@ def show_command(name: str, as_json: bool) -> None:
         if fact is not None and key not in ("classes", "input", "mean, std"):
             click.echo(f"{key}: {fact}")
     click.echo(f"recipe: {json.dumps(model.recipe)}")
-
-
-@zoo_group.command("train")
-@click.argument("recipe")
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for weights and checkpoint."
-)
-@click.option("--data", metavar="SPEC", help="In the place of the recipe's data.")
-def train_command(recipe: str, out: Path, data: str | None) -> None:
-    """Train an ANN by RECIPE, a name of the zoo or a TOML file. A broken run is resumed from OUT."""
-    settings = read_recipe(recipe)
-    if data is not None:
-        settings["data"] = data
-    make_folder(out, "Name another with --out.")
-    path, accuracy = train(settings, out, Terminal())
-    click.echo(f"{path}: accuracy {100 * accuracy:.2f} % on the test split")
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """Return a recipe's settings by its name in the zoo or its file.
-
-    Raises:
-        ArgumentError: if there is none, or keys are missing or unknown.
-    """
-    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.toml")))
-        raise ArgumentError(f"recipe {name!r} is not known; expected one of {known}, or a .toml file.")
-    try:
-        settings = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ArgumentError(f"{path}: not TOML ({error}). Compare with {RECIPES / 'digits-cnn.toml'}.") from error
-    expected = {"architecture", "data", "seed", "epochs", "batch_size", "lr", "weight_decay", "label_smoothing"}
-    if settings.keys() - {"samples"} != expected:
-        odd = ", ".join(sorted((settings.keys() - {"samples"}) ^ expected))
-        wanted = ", ".join(sorted(expected))
-        raise ArgumentError(f"{path}: keys missing or unknown: {odd}; expected {wanted}, and samples or not.")
-    return settings
-
-
-def train(settings: dict[str, Any], out: Path, terminal: Terminal) -> tuple[Path, float]:
-    """Train an ANN, write its weights with their record, and return the file and its accuracy."""
-    from ..finetune import CrossEntropy, Schedule, fit
-    from ..finetune.trainer import accuracy
-
-    found = card(settings["architecture"])
-    check_kind_of_data(settings["data"], found.preprocessing)
-    data = load_data(settings["data"], input_size=found.preprocessing.input_size)
-    seed, batch = settings["seed"], settings["batch_size"]
-    torch.manual_seed(seed)
-    model = found.build(num_classes=len(data.classes))
-    schedule = Schedule(
-        epochs=settings["epochs"],
-        lr=settings["lr"],
-        weight_decay=settings["weight_decay"],
-        loss=CrossEntropy(label_smoothing=settings["label_smoothing"]),
-        seed=seed,
-    )
-    chosen = seeded_order(data.train, seed)[: settings["samples"]] if "samples" in settings else None
-    preprocessing = data.normalising(found.preprocessing)
-    batches = Batches(data.train, preprocessing, batch, chosen, found.augmentation, shuffle_seed=seed)
-    with terminal.stage(f"training {found.name}", schedule.epochs * len(batches)) as advance:
-        fit(
-            model, batches, None, schedule, checkpoint=out / "training.safetensors",
-            on_batch=lambda epoch, _index, loss: advance(1, f"epoch {epoch + 1}, loss {loss:.3f}"),
-        )  # fmt: skip
-    measured = accuracy(model, Batches(data.test, preprocessing))
-    facts = {
-        "recipe": settings,
-        "num_classes": len(data.classes),
-        "preprocessing": plain_value(preprocessing),
-        "accuracy": measured,
-        "test_samples": len(data.test),
-        "versions": versions(),
-        "command": command_line(),
-    }
-    path = out / f"{found.name}.safetensors"
-    write_tensors(path, model.state_dict(), {"record": facts})
-    return path, measured

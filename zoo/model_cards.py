@@ -63,12 +63,15 @@ class SpikingCard(ModelCard):
         accuracy: after t = 1…T steps, as fractions of 1.
         firing_rate: mean spikes per neuron and step, by site.
         energy: of one sample: ``snn_pj``, ``ann_pj``, ``synops``, ``snn_macs``, ``ann_macs``.
+        stages: accuracies after t = 1…T of what it was before, by words such as ``training-free``; of a quantised ANN
+            the one that it has.
     """
 
     timesteps: int
     accuracy: tuple[float, ...] | None
     firing_rate: Mapping[str, float] | None
     energy: Mapping[str, float] | None
+    stages: Mapping[str, tuple[float, ...]]
 
 
 _TYPES: dict[str, type[ModelCard]] = {kind.__name__: kind for kind in (ModelCard, SpikingCard)}
@@ -120,10 +123,12 @@ def read_card(text: str, where: str) -> ModelCard:
         values["weights"] = _weights(found["weights"])
         if found.get("accuracy") is not None:
             values["accuracy"] = tuple(map(float, found["accuracy"]))
+        if kind is SpikingCard:
+            values["stages"] = {name: tuple(map(float, row)) for name, row in found["stages"].items()}
         card = kind(**values)
         if not (re.fullmatch(NAME, card.name) and re.fullmatch(r"[0-9a-f]{64}", card.weights.sha256)):
             raise ValueError(f"name {card.name!r}, sha256 {card.weights.sha256!r}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where}: a damaged card ({error}). Fetch or write it again.") from error
     return card
 
@@ -182,6 +187,8 @@ def card_facts(card: ModelCard) -> dict[str, str | None]:
         if card.energy:
             spent, of_ann = (card.energy[key] / 1e6 for key in ("snn_pj", "ann_pj"))
             found["energy"] = f"{spent:.3f} µJ a sample, the ANN {of_ann:.3f} µJ"
+        for stage, accuracy in card.stages.items():
+            found[stage] = f"{', '.join(f'{100 * value:.2f}' for value in accuracy)} %"
     versions = ", ".join(f"{name} {version}" for name, version in card.versions.items())
     return found | {
         "licence": card.licence,

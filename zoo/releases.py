@@ -115,7 +115,21 @@ def _spiking_card(
         energy=None if energy is None else {
             key: energy[key] for key in ("snn_pj", "ann_pj", "synops", "snn_macs", "ann_macs")
         },
+        stages=_stages(manifest.get("metrics") or {}),
     )  # fmt: skip
+
+
+def _stages(metrics: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Return what a network's file says of what it was before."""
+    free = metrics.get("training_free")
+    earlier = [*([{**free, "name": "training-free", "ann_accuracy": None}] if free else []), *metrics.get("stages", [])]
+    found: dict[str, tuple[float, ...]] = {}
+    for stage in earlier:
+        if stage["ann_accuracy"] is not None:
+            found[f"{stage['name']}, quantised ANN"] = (stage["ann_accuracy"],)
+        if stage["snn_accuracy"] is not None:
+            found[stage["name"]] = tuple(stage["snn_accuracy"])
+    return found
 
 
 def _preprocessing(facts: Mapping[str, Any], found: Card) -> AnyPreprocessing:

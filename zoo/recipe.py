@@ -1,0 +1,112 @@
+"""Recipes: what a network of the zoo is trained from, on what and how, and the published figure beside it."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..artifact import is_there, user_path
+from ..errors import ArgumentError
+from .registry import nearest_names
+
+RECIPES = Path(__file__).parent / "recipes"
+_Fields = TypeVar("_Fields")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A row of a table in Hao et al. 2024. Accuracies are in %, as printed there.
+
+    Attributes:
+        table: 1, 2 or 3.
+        method: ``LM-H``, or the baseline's name.
+        accuracy: after T steps.
+        ann: of the ANN, where the table has it.
+        qcfs: of QCFS at the same T, where the table has it.
+    """
+
+    table: int
+    method: str
+    accuracy: float
+    ann: float | None = None
+    qcfs: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a network of the zoo is trained.
+
+    Attributes:
+        name: of the model that comes out, and of the file that holds the recipe.
+        architecture: a name of :func:`lmh.zoo.list_architectures`.
+        data: name of the data set, such as ``cifar10``.
+        seed: of the first weights, the samples and the training.
+        training: a :class:`lmh.finetune.recipe.TrainingRecipe` as its ``to_json`` gives it; what is left out has its
+            default.
+        timesteps: T; None trains an ANN.
+        ann: recipe of the ANN that a spiking network starts from; None starts from random weights.
+        time_norm: what becomes of BatchNorm in a spiking network: ``plain``, ``tebn`` or ``tdbn``.
+        samples: train on the first so many in the order of the seed; None takes all.
+        published: the row that it repeats, or None.
+    """
+
+    name: str
+    architecture: str
+    data: str
+    seed: int
+    training: Mapping[str, Any]
+    timesteps: int | None = None
+    ann: str | None = None
+    time_norm: str = "plain"
+    samples: int | None = None
+    published: Published | None = None
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the package's recipes.
+
+    >>> "digits-cnn" in recipe_names()
+    True
+    """
+    return sorted(file.stem for file in RECIPES.glob("*.toml"))
+
+
+def read_recipe(name: str) -> Recipe:
+    """Return a recipe by its name in the zoo or its TOML file, whose stem is then its name.
+
+    Raises:
+        ArgumentError: if there is none, or keys are missing or unknown.
+
+    >>> read_recipe("digits-cnn").architecture
+    'digits-cnn'
+    """
+    path = user_path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not is_there(path):
+        near = nearest_names(name, recipe_names())
+        raise ArgumentError(
+            f"recipe {name!r} is not known; nearest: {near}. `lmh zoo list` shows all; your own file ends in .toml."
+        )
+    try:
+        plain = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{path}: not TOML ({error}). Compare with {RECIPES / 'digits-cnn.toml'}.") from error
+    plain["name"] = path.stem
+    if "published" in plain:
+        plain["published"] = _filled(Published, plain["published"], f"{path}, [published]")
+    return _filled(Recipe, plain, str(path))
+
+
+def _filled(kind: type[_Fields], plain: Mapping[str, Any], where: str) -> _Fields:
+    """Build a frozen type from a table of TOML."""
+    known = {item.name: item.default is MISSING for item in fields(kind)}  # type: ignore[arg-type]
+    missing = [name for name, needed in known.items() if needed and name not in plain]
+    odd = sorted(plain.keys() - known.keys())
+    if missing or odd:
+        raise ArgumentError(
+            f"{where}: missing: {', '.join(missing) or 'nothing'}; unknown: {', '.join(odd) or 'nothing'}; expected "
+            f"{', '.join(known)}. Compare with {RECIPES / 'digits-cnn.toml'}."
+        )
+    return kind(**plain)
