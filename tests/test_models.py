@@ -99,11 +99,14 @@ def test_models_are_listed_by_family_data_and_steps() -> None:
         zoo.list_models(family="digit")
     listed = command("zoo", "list", "--data", "digits", "--json").result
     assert listed == {
-        "architectures": [], "models": ["digits-cnn"], "spiking": ["digits-cnn-t4"], "unreadable": []
+        "architectures": [], "recipes": ["digits-cnn", "digits-cnn-t4"], "models": ["digits-cnn"],
+        "spiking": ["digits-cnn-t4"], "unreadable": [],
     }  # fmt: skip
-    assert command("zoo", "list", "--timesteps", 4).out == (
-        "model digits-cnn-t4: digits-cnn, digits, T = 4, 99.72 %, 0.10 MB\n"
-    )
+    lines = command("zoo", "list", "--timesteps", 4).out.splitlines()
+    assert "recipe digits-cnn-t4: digits-cnn, digits, T = 4" in lines
+    assert [line for line in lines if not line.startswith("recipe ")] == [
+        "model digits-cnn-t4: digits-cnn, digits, T = 4, 99.72 %, 0.10 MB"
+    ]
     assert "torchvision:resnet18" in command("zoo", "list", "--family", "torchvision").out
 
 
