@@ -291,13 +291,11 @@ class Cache:
 
 
 def table(figures: dict[str, dict[str, float]], steps: Sequence[int]) -> str:
-    """Return accuracies in per cent as lines of text."""
-    width = max(map(len, figures))
-    lines = ["method".ljust(width) + "".join(f"  T ={t:3}" for t in steps)]
-    for name, row in figures.items():
-        cells = (f"{100 * row[str(t)]:7.2f}" if str(t) in row else " " * 7 for t in steps)
-        lines.append(name.ljust(width) + "".join(cells))
-    return "\n".join(lines)
+    """Return accuracies in per cent as a table in Markdown."""
+    rows = [["method", *(f"T = {t}" for t in steps)], ["---"] * (1 + len(steps))]
+    rows += [[name, *(f"{100 * row[str(t)]:.2f}" if str(t) in row else "" for t in steps)]
+             for name, row in figures.items()]  # fmt: skip
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _figure(kept: Cache, name: str, task: Task, x: Tensor, labels: Tensor, diagnosed: bool) -> dict[str, float]:
