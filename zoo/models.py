@@ -251,7 +251,7 @@ def snn_path(name: str) -> Path:
         DownloadError: if it cannot be had whole and unaltered.
 
     >>> snn_path("zoo:digits-cnn-t4").name
-    'digits-cnn-snn-T4.safetensors'
+    'digits-cnn-t4.safetensors'
     """
     if not is_spiking(name):
         spiking = [card.name for card in readable_cards() if isinstance(card, SpikingCard)]
