@@ -158,7 +158,7 @@ def finetune_command(
     output: Path | None,
     as_json: bool,
     **options: Any,
-) -> None:
+) -> dict[str, Any]:
     """Fine-tune NETWORK: a spiking network from lmh-convert, or an ANN, which is converted first.
 
     A run that is cut goes on when the same command is given again. Several processes share the work under torchrun:
@@ -193,12 +193,11 @@ def finetune_command(
         terminal = Terminal(results=leads and not as_json)
         terminal.log.quiet = not leads
         result = run_job(replace(job, device=own), wishes, terminal)
-    if not leads:
-        return
-    if as_json:
+    if leads and as_json:
         click.echo(json.dumps(result))
-    else:
+    elif leads:
         print_result(terminal.out, result)
+    return result
 
 
 def _spikes(network: str) -> bool:

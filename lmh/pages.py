@@ -16,19 +16,22 @@ import sys
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 """Lets torch ask for pages of 2 MiB, which cost less than 512 small ones; it looks when it first allocates."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_MOST = 2**31 - 1
+_MOST, _MOST_BEFORE_2_35 = 2**31 - 1, 2**25
 _LARGE = 2**18
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep freed blocks of up to 2 GiB for the next allocation; returns whether it does.
+    """Let the C library keep freed blocks of up to 2 GiB for the next allocation (32 MiB before glibc 2.35).
+
+    Returns whether it does.
 
     Holds until :func:`return_freed_memory` is called, and the process stays at its peak. Only glibc has the setting.
 
     >>> isinstance(keep_freed_memory(), bool)
     True
     """
-    return _set(_MMAP_THRESHOLD, _MOST) and _set(_TRIM_THRESHOLD, _MOST)
+    kept = any(_set(_MMAP_THRESHOLD, size) for size in (_MOST, _MOST_BEFORE_2_35))
+    return _set(_TRIM_THRESHOLD, _MOST) and kept
 
 
 def return_freed_memory() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -298,7 +299,10 @@ def test_publishing_measures_and_places(tmp_path: Path) -> None:
     assert card["weights"]["location"] == "https://example.org/r/digits-cnn-t4.safetensors"
     assert (card["licence"], card["samples"], card["timesteps"]) == ("MIT", 360, 4)
     assert card["firing_rate"] == pytest.approx(zoo.model_card("digits-cnn-t4").firing_rate)  # type: ignore[attr-defined]
-    unmeasured = zoo_card(published(f"t4={zoo.snn_path('digits-cnn-t4')}"), "t4")
+    beside = zoo_card(published(f"t4={zoo.snn_path('digits-cnn-t4')}"), "t4")
+    assert beside["recipe"] == zoo.model_card("digits-cnn-t4").recipe
+    shutil.copy(zoo.snn_path("digits-cnn-t4"), "alone.safetensors")
+    unmeasured = zoo_card(published("t4=alone.safetensors"), "t4")
     assert (unmeasured["firing_rate"], unmeasured["energy"]) == (None, None)
     assert unmeasured["accuracy"] == card["accuracy"]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ from lmh.finetune.recipe import read_recipe as read_training
 from lmh.zoo.images import Batches
 from lmh.zoo.model_cards import SpikingCard, read_card_file
 from lmh.zoo.recipe import RECIPES, Published, Recipe, read_recipe, recipe_names
-from lmh.zoo.results import results_page
+from lmh.zoo.results import cards_in, packaged_cards, results_page
 from lmh.zoo.train_cli import training_of
 
 REPOSITORY = Path(__file__).parent.parent
@@ -136,6 +138,8 @@ def test_a_spiking_network_starts_from_the_ann_beside_it_or_the_zoo_s(written: W
     own = written("own-t2", SNN.replace('ann = "digits-cnn"', 'ann = "own-ann"'))
     succeed("zoo", "train", own, "--out", "out")
     succeed("zoo", "train", written("zoo-t2", SNN), "--out", "out")
+    again = succeed("zoo", "train", own, "--out", "out")
+    assert "Trained already" in again.out
     succeed("zoo", "train", own, "--ann", "zoo:digits-cnn", "--out", "given")
     cards = [read_card_file(tmp_path / place) for place in ("out/own-t2.json", "out/zoo-t2.json", "given/own-t2.json")]
     mine, theirs, given = cards
@@ -147,6 +151,13 @@ def test_a_spiking_network_starts_from_the_ann_beside_it_or_the_zoo_s(written: W
     assert len(theirs.stages["after QCFS"]) == 2
     assert theirs.firing_rate
     assert theirs.energy
+    assert (theirs.recipe["timesteps"], theirs.recipe["start"], given.recipe["start"]) == (
+        2,
+        "digits-cnn",
+        "zoo:digits-cnn",
+    )
+    (published,) = succeed("zoo", "publish", "two=out/zoo-t2.safetensors", "--out", "r", "--json").result["models"]
+    assert (published["name"], published["recipe"]["samples"], published["samples"]) == ("two", 96, 360)
     snn = load(tmp_path / "out" / "zoo-t2.safetensors")
     assert snn(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
     assert read_training("out/zoo-t2.safetensors") == training_of(read_recipe("zoo-t2.toml"))
@@ -156,13 +167,10 @@ def test_without_an_ann_training_starts_from_random_weights(written: Written, tm
     succeed("zoo", "train", written("scratch", SCRATCH), "--out", "out")
     card = read_card_file(tmp_path / "out" / "scratch.json")
     assert isinstance(card, SpikingCard)
-    assert card.ann_accuracy is None
+    assert (card.ann_accuracy, card.stages, card.recipe["time_norm"]) == (None, {}, "tebn")
     manifest = read_snn(tmp_path / "out" / "scratch.safetensors")[1]
     assert manifest["recipe"]["normalisation"] is not None
-    torch.manual_seed(3)
-    first = zoo.card("digits-cnn").build().state_dict()
-    start, _ = read_tensors(tmp_path / "out" / "scratch-untrained.safetensors")
-    assert all(torch.equal(value, start[name]) for name, value in first.items())
+    assert not (tmp_path / "out" / "scratch" / "untrained.safetensors").exists()
 
 
 def test_a_broken_run_goes_on(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +196,9 @@ def test_what_is_missing_is_named(written: Written) -> None:
     written("orphan", SNN.replace('ann = "digits-cnn"', 'ann = "nobody"'))
     written("confused", ANN.replace('"STBP"', '"SLTT"'))
     written("shy", ANN + "patience = 3\n")
+    written("five", SNN)
+    x, y = np.zeros((8, 8, 8), np.uint8), np.arange(8) % 5
+    np.savez("five.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     for arguments, words in (
         (("orphan.toml",), r"ANN nobody, which is neither in out nor in the zoo.*lmh zoo train nobody"),
         (("confused.toml",), r"strategy is SLTT.*an ANN is trained by STBP"),
@@ -195,6 +206,9 @@ def test_what_is_missing_is_named(written: Written) -> None:
         (("cifar10-resnet20",), r"--data is missing: cifar10-resnet20 is trained on cifar10.*--data cifar10:DIR"),
         (("digits-cnn", "--ann", "x.pt"), r"--ann x.pt came with a recipe that trains an ANN"),
         (("digit-cnn",), r"recipe 'digit-cnn' is not known; nearest: digits-cnn"),
+        (("digits-cnn", "--data", "cifar10:x"), r"--data cifar10:x is not digits, which digits-cnn is trained on"),
+        (("orphan.toml", "--data", "npz:none.npz"), r"none.npz: no such file"),
+        (("five.toml", "--data", "npz:five.npz"), r"digits-cnn with 10 classes; five starts from digits-cnn with 5"),
     ):
         found = command("zoo", "train", *arguments, "--out", "out")
         assert found.status != 0
@@ -208,6 +222,13 @@ def test_what_is_missing_is_named(written: Written) -> None:
         ("patience = 3\n" + ANN, r"missing: nothing; unknown: patience"),
         (ANN + "\n[published]\ntable = 1\n", r"\[published\]: missing: method, accuracy"),
         ("= 3", r"not TOML"),
+        (ANN.replace("seed = 3", 'seed = "x"'), r"seed is 'x'; expected a whole number of at least 0"),
+        (SNN.replace("timesteps = 2", "timesteps = 0"), r"timesteps is 0; expected a whole number of at least 1"),
+        (ANN.replace("samples = 64", "samples = true"), r"samples is True"),
+        ('time_norm = "batch"\n' + SNN, r"time_norm is 'batch'; expected one of plain, tebn, tdbn"),
+        ("training = 3\n" + ANN.partition("[training]")[0], r"training is 3; expected a table"),
+        ("published = 3\n" + ANN, r"\[published\]: is 3; expected a table"),
+        (ANN + '\n[published]\ntable = 4\nmethod = "x"\naccuracy = 50', r"expected table 1, 2 or 3"),
     ],
 )
 def test_another_form_is_refused(written: Written, text: str, words: str) -> None:
@@ -215,22 +236,44 @@ def test_another_form_is_refused(written: Written, text: str, words: str) -> Non
         read_recipe(str(written("odd", text)))
 
 
+def test_a_name_that_no_file_can_have_is_refused(written: Written) -> None:
+    with pytest.raises(ArgumentError, match=r"recipe 'my net': expected letters, digits"):
+        read_recipe(str(written("my net", ANN)))
+
+
+def test_the_seed_is_that_of_every_stage() -> None:
+    recipe = replace(read_recipe("cifar10-resnet20-t4"), seed=7)
+    training = training_of(recipe)
+    assert isinstance(training.strategy, Hybrid)
+    assert training.schedule.seed == training.strategy.qcfs.seed == 7
+
+
+def test_a_recipe_is_shown() -> None:
+    assert 'architecture: "cifar10-resnet18"' in succeed("zoo", "show", "cifar10-resnet18-slices-2x3").out.splitlines()
+    assert succeed("zoo", "show", "cifar10-resnet20-t4", "--json").result["published"]["accuracy"] == 87.56
+
+
 def test_the_page_of_results_is_made_from_the_cards() -> None:
-    cards = [read_card_file(file) for file in sorted((REPOSITORY / "docs" / "results").glob("*.json"))]
-    packaged = [zoo.model_card(name) for name in (*zoo.list_models(), *zoo.list_models(timesteps=4))]
-    assert (REPOSITORY / "docs" / "results.md").read_text() == results_page([*packaged, *cards])
+    page = (REPOSITORY / "docs" / "results.md").read_text()
+    assert page == results_page([*packaged_cards(), *cards_in([REPOSITORY / "docs" / "results"])])
+    assert succeed("zoo", "results").out.startswith("# Results")
 
 
 def test_figures_stand_beside_the_paper_s() -> None:
     model = zoo.model_card("digits-cnn-t4")
     assert isinstance(model, SpikingCard)
     stages = {"after QCFS": (0.4, 0.5, 0.6, 0.7), "after QCFS, quantised ANN": (0.8,)}
-    facts = {**vars(model), "name": "cifar10-resnet20-t4", "accuracy": (0.5, 0.6, 0.7, 0.8), "stages": stages}
-    page = results_page([SpikingCard(**facts)])
+    mine = replace(
+        model, name="cifar10-resnet20-t4", architecture="cifar10-resnet20", data="cifar10",
+        accuracy=(0.5, 0.6, 0.7, 0.8), stages=stages,
+    )  # fmt: skip
+    page = results_page([mine])
     row = next(line for line in page.splitlines() if "`cifar10-resnet20-t4`" in line)
     assert "| 87.56 | 50.00 / 60.00 / 70.00 / 80.00 | 99.72 (paper 91.77) |" in row
     assert "| 80.00 quantised, 40.00 / 50.00 / 60.00 / 70.00 spiking (paper 83.75) | 360 |" in row
     assert page.count("not run") > 20
+    for other in (replace(mine, data="cifar100"), replace(mine, timesteps=6), replace(mine, architecture="digits-cnn")):
+        assert "50.00 / 60.00" not in results_page([other])  # not what the recipe trains
 
 
 def test_recipes_are_values() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..errors import ArtifactError
+from ..records import plain_value
 from .model_cards import ModelCard, SpikingCard, card_facts, card_json
 from .models import card, list_models, model_card, model_names, readable_cards
 from .recipe import read_recipe, recipe_names
@@ -90,10 +91,14 @@ def _short(known: ModelCard) -> str:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show_command(name: str, as_json: bool) -> None:
-    """Show an architecture, or a model: its input, how it was trained, what it does and where its weights are."""
+    """Show an architecture, a recipe or a model: its input, how it was trained, what it does, where its weights are."""
     from ..convert.architectures import EmptyOnMeta
 
     name = name.removeprefix("zoo:")
+    if name in recipe_names() and name not in (*model_names(), *list_architectures()):
+        recipe = plain_value(read_recipe(name))
+        click.echo(json.dumps(recipe) if as_json else "\n".join(f"{key}: {json.dumps(recipe[key])}" for key in recipe))
+        return
     model = model_card(name) if name in model_names() else None
     found = card(name if model is None else model.architecture)
     preprocessing = found.preprocessing if model is None else model.preprocessing

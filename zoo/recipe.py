@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -10,9 +11,11 @@ from typing import Any, TypeVar
 
 from ..artifact import is_there, user_path
 from ..errors import ArgumentError
+from .model_cards import NAME
 from .registry import nearest_names
 
 RECIPES = Path(__file__).parent / "recipes"
+TIME_NORMS = ("plain", "tebn", "tdbn")
 _Fields = TypeVar("_Fields")
 
 
@@ -34,6 +37,12 @@ class Published:
     ann: float | None = None
     qcfs: float | None = None
 
+    def __post_init__(self) -> None:
+        figures = [value for value in (self.accuracy, self.ann, self.qcfs) if value is not None]
+        numbers = all(isinstance(value, int | float) and 0 < value < 100 for value in figures)
+        if self.table not in (1, 2, 3) or not isinstance(self.method, str) or not numbers:
+            raise ArgumentError(f"{self}: expected table 1, 2 or 3, a name, and accuracies in %.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -43,7 +52,7 @@ class Recipe:
         name: of the model that comes out, and of the file that holds the recipe.
         architecture: a name of :func:`lmh.zoo.list_architectures`.
         data: name of the data set, such as ``cifar10``.
-        seed: of the first weights, the samples and the training.
+        seed: of the first weights, the samples and the training; schedules have none of their own.
         training: a :class:`lmh.finetune.recipe.TrainingRecipe` as its ``to_json`` gives it; what is left out has its
             default.
         timesteps: T; None trains an ANN.
@@ -63,6 +72,26 @@ class Recipe:
     time_norm: str = "plain"
     samples: int | None = None
     published: Published | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(NAME, self.name):
+            raise ArgumentError(f"recipe {self.name!r}: expected letters, digits, dots and dashes. Rename the file.")
+        texts = (self.architecture, self.data, *([] if self.ann is None else [self.ann]))
+        if not all(isinstance(text, str) for text in texts):
+            raise ArgumentError(f"{self.name}: architecture, data and ann are {texts}; expected names in quotes.")
+        for name, value, least in (
+            ("seed", self.seed, 0),
+            ("timesteps", self.timesteps, 1),
+            ("samples", self.samples, 1),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ArgumentError(f"{self.name}: {name} is {value!r}; expected a whole number of at least {least}.")
+        if self.time_norm not in TIME_NORMS:
+            raise ArgumentError(
+                f"{self.name}: time_norm is {self.time_norm!r}; expected one of {', '.join(TIME_NORMS)}."
+            )
+        if not isinstance(self.training, Mapping):
+            raise ArgumentError(f"{self.name}: training is {self.training!r}; expected a table, [training].")
 
 
 def recipe_names() -> list[str]:
@@ -91,7 +120,7 @@ def read_recipe(name: str) -> Recipe:
         )
     try:
         plain = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ArgumentError(f"{path}: not TOML ({error}). Compare with {RECIPES / 'digits-cnn.toml'}.") from error
     plain["name"] = path.stem
     if "published" in plain:
@@ -101,6 +130,8 @@ def read_recipe(name: str) -> Recipe:
 
 def _filled(kind: type[_Fields], plain: Mapping[str, Any], where: str) -> _Fields:
     """Build a frozen type from a table of TOML."""
+    if not isinstance(plain, Mapping):
+        raise ArgumentError(f"{where}: is {plain!r}; expected a table. Compare with {RECIPES / 'digits-cnn.toml'}.")
     known = {item.name: item.default is MISSING for item in fields(kind)}  # type: ignore[arg-type]
     missing = [name for name, needed in known.items() if needed and name not in plain]
     odd = sorted(plain.keys() - known.keys())

@@ -18,7 +18,7 @@ from ..errors import ArgumentError, ArtifactError, DownloadError
 from .cache import SUFFIX, offline
 from .images import AnyPreprocessing, preprocessing_of
 from .locations import PACKAGE, HubFile, LocalFile, Packaged, parsed_location
-from .model_cards import NAME, ModelCard, SpikingCard, card_markdown, card_text, read_card
+from .model_cards import NAME, ModelCard, SpikingCard, card_markdown, card_text, read_card, read_card_file
 from .models import added
 from .registry import Card, architecture
 from .transfer import Weights, small_file
@@ -31,7 +31,7 @@ INDEX_VERSION = 1
 def card_of_file(
     name: str, path: Path, *, licence: str, base: str = "", measured: Mapping[str, Any] | None = None
 ) -> ModelCard:
-    """Return the card of a file of weights, from what its writer put into it.
+    """Return the card of a file of weights: the one beside it, or one made from what its writer put into it.
 
     Args:
         name: that the model shall have.
@@ -52,12 +52,16 @@ def card_of_file(
         raise ArtifactError(
             f"{path}: expected a {SUFFIX} file, as other formats can run code. Train or convert it here."
         )
+    beside = card_beside(path)
+    if beside is not None:
+        weights = replace(beside.weights, location=base + path.name)
+        return replace(beside, name=name, licence=licence, weights=weights)
     tensors, metadata = read_tensors(path)
     weights = Weights(base + path.name, file_digest(path), path.stat().st_size)
     if metadata.get("format") == SNN_FORMAT:
         return _spiking_card(name, path, licence, weights, measured)
     facts = metadata.get("record")
-    if not isinstance(facts, dict):
+    if not isinstance(facts, dict) or "recipe" not in facts:
         raise ArtifactError(
             f"{path}: {len(tensors)} tensors without a record of how they came about; expected what `lmh zoo train` "
             "or lmh-convert wrote. Train it by a recipe."
@@ -146,6 +150,15 @@ def data_name(spec: str) -> str:
     """
     kind, _, where = spec.partition(":")
     return Path(where).stem if kind in ("npz", "folder") else kind
+
+
+def card_beside(path: Path) -> ModelCard | None:
+    """Return the card that ``lmh zoo train`` wrote beside a file of weights, if it is that file's."""
+    place = path.with_suffix(".json")
+    if not is_there(place):
+        return None
+    card = read_card_file(place)
+    return card if card.weights.sha256 == file_digest(path) else None
 
 
 def publish(cards: Sequence[tuple[ModelCard, Path]], folder: Path) -> Path:

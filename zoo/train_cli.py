@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
+from torch import nn
 
 from ..artifact import is_there, make_folder, versions, write_atomically, write_tensors
 from ..cli import command_line
@@ -16,9 +17,10 @@ from ..records import plain_value
 from ..terminal import Terminal
 from .data import check_kind_of_data, load_data
 from .images import Batches, seeded_order
-from .model_cards import card_text
-from .models import card, model_names
+from .model_cards import SpikingCard, card_text, read_card_file
+from .models import model_names
 from .recipe import Recipe, read_recipe
+from .registry import TORCHVISION, architecture
 from .releases import card_of_file
 from .splits import DataSet
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ..finetune.recipe import TrainingRecipe
 
 EMBEDDED = ("digits",)
+ANY_DATA = ("npz", "folder")
 CHECKPOINT_MINUTES = 10.0
 
 
@@ -41,9 +44,12 @@ CHECKPOINT_MINUTES = 10.0
     help="The ANN that a spiking network starts from; unless given, what its recipe names, in --out or the zoo.",
 )  # fmt: skip
 @click.option("--licence", default="Apache-2.0", show_default=True, help="Of the weights, an SPDX identifier.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
+)
 @click.pass_context
 def train_command(
-    context: click.Context, recipe: str, out: Path, data: str | None, ann: str | None, licence: str
+    context: click.Context, recipe: str, out: Path, data: str | None, ann: str | None, licence: str, device: str
 ) -> None:
     """Train an ANN or a spiking network by RECIPE, a name of the zoo or a TOML file, and write its card.
 
@@ -55,42 +61,50 @@ def train_command(
     lmh zoo train cifar10-resnet20-t4 --data npz:cifar10.npz --out runs/zoo
     """  # noqa: D301
     found = read_recipe(recipe)
-    if data is None and found.data not in EMBEDDED:
-        raise click.UsageError(
-            f"--data is missing: {found.name} is trained on {found.data}. Say where it is, as in --data "
-            f"{found.data}:DIR or npz:FILE."
-        )
+    spec = _data_spec(found, data)
     if ann is not None and found.timesteps is None:
         raise click.UsageError(f"--ann {ann} came with a recipe that trains an ANN. Leave it out.")
-    spec = data or found.data
+    opened = _opened(found, spec)
     make_folder(out, "Name another with --out.")
     path = out / f"{found.name}.safetensors"
+    place = path.with_suffix(".json")
+    facts = {**plain_value(found), "data": spec}
+    if is_there(path) and is_there(place) and read_card_file(place).recipe == facts | {"start": ann or found.ann}:
+        click.echo(f"Trained already: {path}, {place}. Remove them to train again.")
+        return
     measured = None
     if found.timesteps is None:
-        train_ann(found, spec, path, Terminal())
+        train_ann(found, opened, facts, path, Terminal(), device)
     else:
-        source = ann or _ann_of(found, spec, out)
-        measured = train_snn(context, found, spec, source, path)
+        start = ann or _ann_of(found, opened, out)
+        _check_start(found, opened, start)
+        measured = train_snn(context, found, spec, start, path, device)
     made = card_of_file(found.name, path, licence=licence, measured=measured)
-    if found.timesteps is not None and ann is None and found.ann is None:
-        made = replace(made, ann_accuracy=None)  # of random weights
-    place = path.with_suffix(".json")
+    made = replace(made, recipe=facts | {"start": ann or found.ann})
+    if isinstance(made, SpikingCard) and ann is None and found.ann is None:
+        made = replace(made, ann_accuracy=None, stages={})  # of random weights
+        _untrained(found, out).unlink()
     write_atomically(place, card_text(made).encode())
     click.echo(f"Written: {path}, {place}")
 
 
-def train_ann(recipe: Recipe, spec: str, path: Path, terminal: Terminal) -> None:
+def train_ann(
+    recipe: Recipe, data: DataSet, facts: dict[str, Any], path: Path, terminal: Terminal, device: str
+) -> None:
     """Train an ANN and write its weights with their record.
 
     Args:
         recipe: with a plain strategy, ``STBP``.
-        spec: where its data set is.
+        data: its data set.
+        facts: of the recipe, for the record.
         path: of the file; the checkpoint is beside it until it is written.
         terminal: for the bar.
+        device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
         ArgumentError: if the recipe's training is not one of an ANN.
     """
+    from ..convert.cli import device_of
     from ..finetune import STBP, Checkpoint, fit
     from ..finetune.trainer import accuracy
 
@@ -100,12 +114,9 @@ def train_ann(recipe: Recipe, spec: str, path: Path, terminal: Terminal) -> None
             f"{recipe.name}: strategy is {training.strategy} and there is no timesteps; an ANN is trained by STBP. "
             'Name timesteps, or take strategy = {type = "STBP"}.'
         )
-    found = card(recipe.architecture)
-    data = _opened(recipe, spec)
-    torch.manual_seed(recipe.seed)
-    model = found.build(num_classes=len(data.classes))
+    model = _fresh(recipe, data).to(device_of(device))
     chosen = seeded_order(data.train, recipe.seed)[: recipe.samples]
-    preprocessing = data.normalising(found.preprocessing)
+    preprocessing = data.normalising(architecture(recipe.architecture).preprocessing)
     batches = Batches(
         data.train, preprocessing, training.batch_size, chosen, training.augmentation, shuffle_seed=recipe.seed
     )
@@ -117,8 +128,8 @@ def train_ann(recipe: Recipe, spec: str, path: Path, terminal: Terminal) -> None
             on_batch=lambda epoch, _index, loss: advance(1, f"epoch {epoch + 1}, loss {loss:.3f}"),
         )  # fmt: skip
     measured = accuracy(model, Batches(data.test, preprocessing))
-    facts = {
-        "recipe": {**plain_value(recipe), "data": spec},
+    record = {
+        "recipe": facts,
         "num_classes": len(data.classes),
         "preprocessing": plain_value(preprocessing),
         "accuracy": measured,
@@ -126,59 +137,98 @@ def train_ann(recipe: Recipe, spec: str, path: Path, terminal: Terminal) -> None
         "versions": versions(),
         "command": command_line(),
     }
-    write_tensors(path, model.state_dict(), {"record": facts})
+    write_tensors(path, model.state_dict(), {"record": record})
     checkpoint.unlink(missing_ok=True)
     terminal.notice(f"{recipe.name}: accuracy {100 * measured:.2f} % on {len(data.test)} test samples.")
 
 
-def train_snn(context: click.Context, recipe: Recipe, spec: str, ann: str, path: Path) -> dict[str, Any]:
-    """Train a spiking network as ``lmh finetune`` does, and return what ``lmh report`` measures.
+def train_snn(context: click.Context, recipe: Recipe, spec: str, start: str, path: Path, device: str) -> dict[str, Any]:
+    """Train a spiking network as ``lmh finetune`` does, and return its result.
 
     Args:
         context: of the running command.
         recipe: says T and how.
         spec: where its data set is.
-        ann: what it starts from.
+        start: the ANN.
         path: of the file; a folder of that name without a suffix has recipe, log and checkpoints.
+        device: ``auto``, ``cpu`` or ``cuda``.
     """
-    from ..convert.report_cli import report
     from ..finetune.cli import finetune_command
     from ..finetune.recipe import write_recipe
 
     folder = path.with_suffix("")
     make_folder(folder, "Name another with --out.")
-    wanted = folder / "wanted.toml"
+    wanted = folder / "recipe.toml"
     write_recipe(training_of(recipe), wanted)
-    context.invoke(
-        finetune_command, network=ann, data=spec, timesteps=recipe.timesteps, recipe=str(wanted),
+    named = start.startswith(("zoo:", TORCHVISION))
+    return context.invoke(
+        finetune_command, network=start, data=spec, timesteps=recipe.timesteps, recipe=str(wanted),
         time_norm=recipe.time_norm, train_samples=recipe.samples, seed=recipe.seed, output=path, resume=folder,
-        checkpoint_minutes=CHECKPOINT_MINUTES, arch=None if ann.startswith("zoo:") else recipe.architecture,
+        checkpoint_minutes=CHECKPOINT_MINUTES, arch=None if named else recipe.architecture, device=device,
     )  # fmt: skip
-    return report(str(path), spec, Terminal())
 
 
 def training_of(recipe: Recipe) -> TrainingRecipe:
-    """Return the training of a recipe, with the architecture's augmentation unless it names one.
+    """Return the training of a recipe, with its seed, and the architecture's augmentation unless it names one.
 
     Raises:
         ArgumentError: naming a type or field that is not known, or a value that its type refuses.
     """
+    from ..finetune import Hybrid
     from ..finetune.recipe import TrainingRecipe
 
     training = TrainingRecipe.from_json({"type": "TrainingRecipe", **recipe.training}, recipe.name)
-    if "augmentation" in recipe.training:
-        return training
-    return replace(training, augmentation=card(recipe.architecture).augmentation)
+    strategy = training.strategy
+    if isinstance(strategy, Hybrid):
+        strategy = replace(strategy, qcfs=replace(strategy.qcfs, seed=recipe.seed))
+    own = "augmentation" in recipe.training
+    return replace(
+        training,
+        strategy=strategy,
+        schedule=replace(training.schedule, seed=recipe.seed),
+        augmentation=training.augmentation if own else architecture(recipe.architecture).augmentation,
+    )
 
 
-def _ann_of(recipe: Recipe, spec: str, out: Path) -> str:
+def _data_spec(recipe: Recipe, given: str | None) -> str:
+    """Return where the data set is; files and folders may hold any.
+
+    Raises:
+        click.UsageError: if it is missing, or another one.
+    """
+    if given is None and recipe.data not in EMBEDDED:
+        raise click.UsageError(
+            f"--data is missing: {recipe.name} is trained on {recipe.data}. Say where it is, as in --data "
+            f"{recipe.data}:DIR or npz:FILE."
+        )
+    spec = given or recipe.data
+    kind = spec.partition(":")[0]
+    if kind not in (recipe.data, *ANY_DATA):
+        raise click.UsageError(
+            f"--data {spec} is not {recipe.data}, which {recipe.name} is trained on. Name that, or write a recipe of "
+            "your own."
+        )
+    return spec
+
+
+def _fresh(recipe: Recipe, data: DataSet) -> nn.Module:
+    """Build the architecture with the random weights of the seed."""
+    torch.manual_seed(recipe.seed)
+    return architecture(recipe.architecture).build(num_classes=len(data.classes))
+
+
+def _untrained(recipe: Recipe, out: Path) -> Path:
+    return out / recipe.name / "untrained.safetensors"
+
+
+def _ann_of(recipe: Recipe, data: DataSet, out: Path) -> str:
     """Return where the ANN is that a recipe names, or write one of random weights where it names none."""
     if recipe.ann is None:
-        found, data = card(recipe.architecture), _opened(recipe, spec)
-        torch.manual_seed(recipe.seed)
-        path = out / f"{recipe.name}-untrained.safetensors"
-        facts = {"preprocessing": plain_value(data.normalising(found.preprocessing))}
-        write_tensors(path, found.build(num_classes=len(data.classes)).state_dict(), {"record": facts})
+        path = _untrained(recipe, out)
+        make_folder(path.parent, "Name another with --out.")
+        preprocessing = data.normalising(architecture(recipe.architecture).preprocessing)
+        facts = {"preprocessing": plain_value(preprocessing)}
+        write_tensors(path, _fresh(recipe, data).state_dict(), {"record": facts})
         return str(path)
     path = out / f"{recipe.ann}.safetensors"
     if is_there(path):
@@ -187,11 +237,29 @@ def _ann_of(recipe: Recipe, spec: str, out: Path) -> str:
         return f"zoo:{recipe.ann}"
     raise ArgumentError(
         f"{recipe.name} starts from the ANN {recipe.ann}, which is neither in {out} nor in the zoo. Train it first, by "
-        f"`lmh zoo train {recipe.ann} --data {spec} --out {out}`, or name another with --ann."
+        f"`lmh zoo train {recipe.ann} --data {data.name} --out {out}`, or name another with --ann."
     )
 
 
+def _check_start(recipe: Recipe, data: DataSet, start: str) -> None:
+    """Refuse what the recipe's network cannot start from.
+
+    Raises:
+        ArgumentError: if it is of another architecture, or has other classes than the data.
+    """
+    from ..convert.loading import load_source
+
+    source = load_source(start)
+    name = None if source.card is None else source.card.name
+    if (name, source.num_classes) != (recipe.architecture, len(data.classes)):
+        raise ArgumentError(
+            f"{start}: is {name or 'a module'} with {source.num_classes} classes; {recipe.name} starts from "
+            f"{recipe.architecture} with {len(data.classes)}, as {data.name} has. Name another with --ann, or train "
+            "this one by `lmh finetune`."
+        )
+
+
 def _opened(recipe: Recipe, spec: str) -> DataSet:
-    preprocessing = card(recipe.architecture).preprocessing
+    preprocessing = architecture(recipe.architecture).preprocessing
     check_kind_of_data(spec, preprocessing)
     return load_data(spec, input_size=preprocessing.input_size, timesteps=recipe.timesteps)
