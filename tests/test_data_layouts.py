@@ -125,20 +125,20 @@ def cifar100(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 RECIPE = """architecture = "cifar10-resnet20"
-data = ""
+data = "cifar100"
 seed = 0
-epochs = 1
+
+[training]
 batch_size = 6
-lr = 0.01
-weight_decay = 0.0
-label_smoothing = 0.0
+strategy = {type = "STBP"}
+schedule = {type = "Schedule", epochs = 1, distillation = "none"}
 """
 
 
 def trained(spec: str) -> Path:
-    Path("recipe.toml").write_text(RECIPE)
-    succeed("zoo", "train", "recipe.toml", "--data", spec, "--out", "out")
-    return Path("out", "cifar10-resnet20.safetensors")
+    Path("resnet20.toml").write_text(RECIPE)
+    succeed("zoo", "train", "resnet20.toml", "--data", spec, "--out", "out")
+    return Path("out", "resnet20.safetensors")
 
 
 def test_networks_for_cifar100_are_trained_and_converted_with_its_own_normalisation(

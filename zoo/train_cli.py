@@ -68,8 +68,8 @@ def train_command(
     make_folder(out, "Name another with --out.")
     path = out / f"{found.name}.safetensors"
     place = path.with_suffix(".json")
-    facts = {**plain_value(found), "data": spec}
-    if is_there(path) and is_there(place) and read_card_file(place).recipe == facts | {"start": ann or found.ann}:
+    facts = {**plain_value(found), "data": spec, "start": ann or found.ann}
+    if is_there(path) and is_there(place) and read_card_file(place).recipe == facts:
         click.echo(f"Trained already: {path}, {place}. Remove them to train again.")
         return
     measured = None
@@ -80,8 +80,8 @@ def train_command(
         _check_start(found, opened, start)
         measured = train_snn(context, found, spec, start, path, device)
     made = card_of_file(found.name, path, licence=licence, measured=measured)
-    made = replace(made, recipe=facts | {"start": ann or found.ann})
-    if isinstance(made, SpikingCard) and ann is None and found.ann is None:
+    made = replace(made, recipe=facts)
+    if isinstance(made, SpikingCard) and facts["start"] is None:
         made = replace(made, ann_accuracy=None, stages={})  # of random weights
         _untrained(found, out).unlink()
     write_atomically(place, card_text(made).encode())
