@@ -168,7 +168,7 @@ def peaks(timesteps: int, batch: int, *, network: bool) -> dict[str, float] | No
 @click.option("--network-repeats", default=5, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--cpu-time", is_flag=True, help="Measure the time of the processor, for a machine that is shared.")
-@click.option("--quick", is_flag=True, help="Small tensors and few rounds: no figures to quote.")
+@click.option("--quick", is_flag=True, help="Small tensors, one memory order, few rounds: no figures to quote.")
 def main(
     timesteps: int, batch: int, network_batch: int, repeats: int, network_repeats: int, threads: int, cpu_time: bool,
     quick: bool,
@@ -176,6 +176,7 @@ def main(
     """Measure every kernel on one site and on a network."""
     if quick:
         batch, network_batch, repeats, network_repeats = 2, 2, 3, 1
+    orders = list(ORDERS)[:1] if quick else list(ORDERS)
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     clock = time.process_time if cpu_time else time.perf_counter
@@ -191,7 +192,7 @@ def main(
     both: dict[str, Work] = {"ideal": relu}
     started = time.perf_counter()
     for kernel in KERNELS:
-        for order in ORDERS:
+        for order in orders:
             for per_channel in (False, True):
                 name = f"{kernel.value}, {'per channel' if per_channel else 'per layer'}, {order}"
                 forward[name], both[name] = neurons(kernel, order, per_channel, timesteps, batch)
@@ -203,7 +204,7 @@ def main(
     results["site_peak_mib"] = peaks(timesteps, batch, network=False)
     print(f"\none site, memory of a forward and backward pass in MiB: {results['site_peak_mib']}")
 
-    for order in ORDERS:
+    for order in orders:
         _, _, ann, spiking = networks(timesteps, network_batch, order)
         steps = {"ANN": ann, **{kernel.value: spiking(kernel) for kernel in KERNELS}}
         results[f"network, {order}"] = summary(rounds(steps, network_repeats, clock), "ANN")
