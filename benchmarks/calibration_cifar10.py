@@ -248,7 +248,7 @@ def opened(weights: str | None, data: str | None, quick: bool) -> tuple[str, str
 
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor, steps: int = 1) -> float:
     """Return the share of images whose class is right, after ``steps`` time steps each."""
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts = images.to(memory_format=torch.channels_last).split(max(1, FRAMES // steps))
     with torch.no_grad(), use_kernel(Kernel.COMPILED if can_compile("cpu") else Kernel.FUSED):
         chosen = torch.cat([network(part).argmax(1) for part in parts])
@@ -367,7 +367,7 @@ def main(
           f"{len(shown)} to test, lmh {__version__}, torch {torch.__version__}, {platform.machine()}, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
     kept = Cache(cache, settings)
-    reference = kept.get("ann", 0) or {"accuracy": accuracy(copy.deepcopy(ann), x, labels)}
+    reference = kept.get("ann", 0) or {"accuracy": accuracy(ann, x, labels)}
     kept.put("ann", 0, reference)
     print(f"ANN {100 * reference['accuracy']:.2f} %")
     figures: dict[str, dict[str, float]] = {name: {} for name in names}

@@ -34,7 +34,6 @@ from lmh.finetune.log import peak_memory_mb
 from lmh.finetune.memory import Memory
 from lmh.finetune.optimiser import optimiser
 from lmh.finetune.steps import Stepper, Work
-from lmh.pages import keep_freed_memory, return_freed_memory
 from lmh.torchvision_shim import torchvision
 from lmh.zoo.cifar_resnet import CifarResNet
 
@@ -74,7 +73,7 @@ def work_of(batch: int) -> Work:
 def timed(name: str, timesteps: int, k: int, memory: Memory, batch: int, rounds: int, threads: int) -> dict[str, Any]:
     """Milliseconds of the ANN's step and of the spiking network's, in turn, after one round that does not count."""
     torch.set_num_threads(threads)
-    allocate_for(memory)
+    memory.allocate()
     ann, snn = stepper_of(name, 0, 0, KeepAll()), stepper_of(name, timesteps, k, memory)
     work = work_of(batch)
     taken: list[tuple[float, float]] = []
@@ -89,17 +88,9 @@ def timed(name: str, timesteps: int, k: int, memory: Memory, batch: int, rounds:
     }
 
 
-def allocate_for(memory: Memory) -> None:
-    """Keep freed memory or give it back, as ``lmh finetune`` does."""
-    if isinstance(memory, Recompute):
-        return_freed_memory()
-    else:
-        keep_freed_memory()
-
-
 def seconds_of(stepper: Stepper, work: Work, memory: Memory) -> float:
     """How long a step takes."""
-    allocate_for(memory)
+    memory.allocate()
     started = time.perf_counter()
     stepper(work)
     return time.perf_counter() - started
@@ -108,7 +99,7 @@ def seconds_of(stepper: Stepper, work: Work, memory: Memory) -> float:
 def peak(name: str, timesteps: int, k: int, memory: Memory, batch: int, threads: int) -> float | None:
     """Megabytes that a process holds at most in three steps; T = 0 is the ANN."""
     torch.set_num_threads(threads)
-    allocate_for(memory)
+    memory.allocate()
     stepper, work = stepper_of(name, timesteps, k, memory), work_of(batch)
     for _ in range(3):
         stepper(work)

@@ -171,7 +171,7 @@ def convert(
     prepared = prepare(ann, sample_shape, rules=rules, keep=recipe.keep, surgery=surgery, maxpool=maxpool)
     notices = []
     if isinstance(encoding, EventFrames) and data is not None:
-        data = _frames(data, inputs)
+        data = single_frames("convert: data", data, inputs)
     if data is not None and (strange := stand_ins(prepared)):
         images, data = _gathered(data, inputs, REFIT_SAMPLES)
         prepared = refit(prepared, *images)
@@ -333,6 +333,13 @@ def _checked_examples(examples: Tensor | Sequence[Tensor], events: bool) -> tupl
     return given
 
 
-def _frames(data: Iterable[Any], inputs: int) -> Iterator[tuple[Tensor, ...]]:
+def single_frames(where: str, data: Iterable[Any], inputs: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yield batches of event frames [T, N, *F] as an ANN takes them, each frame by itself, [T·N, *F], without labels.
+
+    Args:
+        where: the batches were given, for errors.
+        data: the batches.
+        inputs: how many the network takes.
+    """
     for batch in data:
-        yield tuple(x.flatten(0, 1) for x in split_batch("convert: data", batch, inputs)[0])
+        yield tuple(x.flatten(0, 1) for x in split_batch(where, batch, inputs)[0])

@@ -19,11 +19,11 @@ from ..convert.cli_inputs import DATA_HELP, SEED, Amounts, Inputs, NumbersType, 
 from ..convert.inspect_cli import is_spiking
 from ..convert.loading import Source, load_source
 from ..convert.normalisation import NORMALISATIONS
-from ..convert.pipeline import Conversion, convert
+from ..convert.pipeline import Conversion, convert, single_frames
 from ..convert.report_cli import source_ann, stored_preprocessing
+from ..convert.spike import EventFrames
 from ..convert.storage import MANIFEST, load, save
 from ..errors import ArgumentError, DataError
-from ..pages import return_freed_memory
 from ..records import plain_value
 from ..results import describe_network
 from ..terminal import Terminal, print_result
@@ -34,7 +34,6 @@ from .cli_recipe import Wishes, recipe_options
 from .cli_training import Training, files_of
 from .distributed import Group, joined
 from .fresh import with_statistics
-from .hybrid import as_stills
 from .log import JSONLines, Log, TensorBoard
 from .recipe import TrainingRecipe, write_recipe
 
@@ -221,8 +220,7 @@ def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
         if not any(file.exists() for file in files_of(job.checkpoint)):
             terminal.notice(f"{job.resume}: there is no checkpoint yet; the run starts anew.")
     check_output(job.output, job.network, job.data)
-    if wishes.recomputes:
-        return_freed_memory()
+    wishes.memory.allocate()
     torch.manual_seed(job.amounts.seed)
     spiking = job.timesteps is None
     start, recipe = _from_snn(job, wishes, terminal) if spiking else _from_ann(job, wishes, terminal)
@@ -298,7 +296,8 @@ def _from_ann(job: Job, wishes: Wishes, terminal: Terminal) -> tuple[Start, Trai
     recipe = wishes.recipe_for(spiking=False, batches=inputs.train, seed=job.amounts.seed)
     recipe.strategy.slice_steps(job.timesteps)
     samples = list(terminal.track(inputs.calibration, "calibrating", inputs.calibration.count))
-    ann = with_statistics(source.model, list(as_stills(samples, inputs.encoding, 1)))
+    frames = isinstance(inputs.encoding, EventFrames)
+    ann = with_statistics(source.model, list(single_frames("finetune: train", samples, 1)) if frames else samples)
     norm = NORMALISATIONS[job.time_norm or "plain"]
     conversion = convert(
         ann,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import click
@@ -13,7 +14,7 @@ from ..zoo.augmentation import Augmentation, AutoAugment, Cutout, InTurn
 from ..zoo.images import Batches
 from .batch_norm import FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
 from .losses import TET, CrossEntropy, Distillation
-from .memory import KeepAll, Recompute
+from .memory import KeepAll, Memory, Recompute
 from .mixing import CutMix, Mixup
 from .precision import BFloat16, Float32
 from .recipe import TrainingRecipe, read_recipe
@@ -159,11 +160,17 @@ class Wishes:
         if self.loss == "tet" and self.label_smoothing is not None:
             raise click.UsageError("--label-smoothing goes with --loss ce. Leave one out.")
 
+    @cached_property
+    def _read(self) -> TrainingRecipe | None:
+        """The recipe that was named."""
+        return None if self.recipe is None else read_recipe(self.recipe)
+
     @property
-    def recomputes(self) -> bool:
-        """Whether memory is short."""
-        schedules = () if self.recipe is None else read_recipe(self.recipe).schedules
-        return self.recompute or any(isinstance(schedule.memory, Recompute) for schedule in schedules)
+    def memory(self) -> Memory:
+        """What the run keeps: all, unless a stage of it recomputes."""
+        if self._read is None:
+            return Recompute() if self.recompute else KeepAll()
+        return next((each.memory for each in self._read.schedules if isinstance(each.memory, Recompute)), KeepAll())
 
     def recipe_for(self, *, spiking: bool, batches: Batches, seed: int) -> TrainingRecipe:
         """Return the recipe.
@@ -177,8 +184,8 @@ class Wishes:
             ArgumentError: if a recipe file cannot be read.
             click.UsageError: if the epochs of the stages do not add up.
         """
-        if self.recipe is not None:
-            return read_recipe(self.recipe)
+        if self._read is not None:
+            return self._read
         for name in ("qcfs_epochs", "qcfs_lr", "qcfs_warmup", "leak", "membrane", "distill_features"):
             if spiking and getattr(self, name) is not None:
                 raise click.UsageError(f"{_flag(name)} is for an ANN; the network spikes already. Leave it out.")
@@ -232,7 +239,7 @@ class Wishes:
             "ema": None if self.ema is None else EMA(self.ema),
             "early_stopping": None if self.early_stopping is None else EarlyStopping(self.early_stopping),
             "batch_norm": None if self.batch_norm is None else BATCH_NORMS[self.batch_norm],
-            "memory": Recompute() if self.recompute else KeepAll(),
+            "memory": self.memory,
             "precision": BFloat16() if self.amp else Float32(self.channels_last),
             "distillation": Distillation(
                 known.weight if self.distill is None else self.distill,

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..arguments import split_batch
 from ..calibrate import FROM_QCFS, Correction, MinError, Reconstruction, calibrate, changes
 from ..convert import Conversion, EventFrames, Recipe, assemble, refine
+from ..convert.pipeline import single_frames
 from ..convert.refine import replayed
-from ..convert.spike import Encoding
 from ..qcfs import QCFS
 from ..records import Calibration, Prepared
 from ..structures import input_count
@@ -29,21 +28,9 @@ def calibrated(prepared: Prepared, recipe: Recipe, data: Iterable[Any]) -> Calib
         recipe: says T and whether the data is event frames.
         data: batches, normalised as the ANN expects.
     """
-    data = as_stills(data, recipe.encoding, input_count(prepared.model))
+    if isinstance(recipe.encoding, EventFrames):
+        data = single_frames("finetune: train", data, input_count(prepared.model))
     return calibrate(prepared, MinError(), recipe.timesteps, data)
-
-
-def as_stills(data: Iterable[Any], encoding: Encoding, inputs: int) -> Iterable[Any]:
-    """Return batches as an ANN takes them: of event frames [T, N, *F] each one by itself, [T·N, *F], without labels.
-
-    Args:
-        data: batches for the spiking network.
-        encoding: of its input; images stay as they are.
-        inputs: how many it takes.
-    """
-    if not isinstance(encoding, EventFrames):
-        return data
-    return [tuple(x.flatten(0, 1) for x in split_batch("finetune: train", batch, inputs)[0]) for batch in data]
 
 
 def qcfs_network(prepared: Prepared, calibration: Calibration, timesteps: int) -> fx.GraphModule:

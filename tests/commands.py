@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, NamedTuple
 
+import pytest
+
 from lmh.cli import lmh, run
+from lmh.zoo.images import Batches
 
 
 class Printed(NamedTuple):
@@ -40,3 +44,18 @@ def succeed(*arguments: object) -> Printed:
     found = command(*arguments)
     assert found.status == 0, found.err
     return found
+
+
+@contextmanager
+def interrupted_at_epoch(epoch: int) -> Iterator[None]:
+    """Interrupt every training inside of this block at the start of an epoch, counted from 0, of any stage."""
+    begin = Batches.at_epoch
+
+    def interrupted(self: Batches, now: int) -> Batches:
+        if now == epoch:
+            raise KeyboardInterrupt
+        return begin(self, now)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "at_epoch", interrupted)
+        yield

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from commands import command, succeed
+from commands import command, interrupted_at_epoch, succeed
 from lmh import convert, evaluate, sites, zoo
 from lmh.artifact import read_snn
 from lmh.finetune import (
@@ -276,20 +276,10 @@ class TestResuming:
         assert same(folder / name, name)
         assert [path.name for path in Path().iterdir()] == [name]
 
-    def test_a_run_has_a_folder_of_its_own(
-        self, hybrid: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_run_has_a_folder_of_its_own(self, hybrid: tuple[Path, dict[str, Any]]) -> None:
         folder, result = hybrid
         arguments = ("finetune", *ANN, "--epochs", 3, *FAST, "--resume", "runs/a", "--output", "runs/a/net", "--json")
-        begin = Batches.at_epoch
-
-        def killed(self: Batches, epoch: int) -> Batches:
-            if epoch == 1:
-                raise KeyboardInterrupt
-            return begin(self, epoch)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Batches, "at_epoch", killed)
+        with interrupted_at_epoch(1):
             first = command(*arguments)
         assert (first.status, "runs/a: there is no checkpoint yet" in first.err) == (130, True)
         files = ["log.jsonl", "recipe.toml", "run-qcfs.training", "run.training"]

@@ -295,13 +295,14 @@ def zoo_card(folder: Path, name: str) -> dict[str, Any]:
 
 def test_publishing_measures_and_places(tmp_path: Path) -> None:
     options = ("--data", "digits", "--base", "https://example.org/r", "--licence", "MIT", "--out", "out", "--json")
-    (card,) = succeed("zoo", "publish", f"t4={zoo.snn_path('digits-cnn-t4')}", *options).result["models"]
-    assert card["weights"]["location"] == "https://example.org/r/digits-cnn-t4.safetensors"
+    shutil.copy(zoo.snn_path("digits-cnn-t4"), "alone.safetensors")  # its card stays behind
+    Path("alone.json").write_text("{}")
+    (card,) = succeed("zoo", "publish", "t4=alone.safetensors", *options).result["models"]
+    assert card["weights"]["location"] == "https://example.org/r/alone.safetensors"
     assert (card["licence"], card["samples"], card["timesteps"]) == ("MIT", 360, 4)
     assert card["firing_rate"] == pytest.approx(zoo.model_card("digits-cnn-t4").firing_rate)  # type: ignore[attr-defined]
     beside = zoo_card(published(f"t4={zoo.snn_path('digits-cnn-t4')}"), "t4")
     assert beside["recipe"] == zoo.model_card("digits-cnn-t4").recipe
-    shutil.copy(zoo.snn_path("digits-cnn-t4"), "alone.safetensors")
     unmeasured = zoo_card(published("t4=alone.safetensors"), "t4")
     assert (unmeasured["firing_rate"], unmeasured["energy"]) == (None, None)
     assert unmeasured["accuracy"] == card["accuracy"]

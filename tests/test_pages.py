@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from commands import succeed
-from lmh.finetune import cli
+from lmh.finetune import memory
 from lmh.pages import HUGE_PAGES
 
 COUNT = """
@@ -51,7 +51,7 @@ def test_large_blocks_are_cleared_once_or_each_time() -> None:
 def test_memory_is_given_back_where_a_recipe_recomputes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "return_freed_memory", lambda: asked.append(tmp_path.name))
+    monkeypatch.setattr(memory, "return_freed_memory", lambda: asked.append(tmp_path.name))
     small = ("finetune", "zoo:digits-cnn", "-T", 1, "--data", "digits", "--train-samples", 64, "--test-samples", 32)
     once = ("--epochs", 1, "--strategy", "stbp")
     succeed(*small, *once)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from commands import command, succeed
+from commands import command, interrupted_at_epoch, succeed
 from lmh import zoo
 from lmh.artifact import read_snn, read_tensors
 from lmh.convert import load
+from lmh.convert.normalisation import NORMALISATIONS
 from lmh.errors import ArgumentError
 from lmh.finetune import SLTT, STBP, Hybrid, Progressive, TimeSliced
 from lmh.finetune.recipe import read_recipe as read_training
@@ -77,6 +78,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Written:
 def test_every_recipe_is_whole(name: str) -> None:
     recipe = read_recipe(name)
     card, training = zoo.card(recipe.architecture), training_of(recipe)
+    assert recipe.time_norm in NORMALISATIONS
     assert training.augmentation is not None
     if recipe.ann is not None:
         ann = read_recipe(recipe.ann)
@@ -173,18 +175,10 @@ def test_without_an_ann_training_starts_from_random_weights(written: Written, tm
     assert not (tmp_path / "out" / "scratch" / "untrained.safetensors").exists()
 
 
-def test_a_broken_run_goes_on(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_run_goes_on(written: Written, tmp_path: Path) -> None:
     recipe = written("quick", SNN.replace("epochs = 1}\n", "epochs = 2}\n"))
     succeed("zoo", "train", recipe, "--out", "whole")
-    begin = Batches.at_epoch
-
-    def broken(self: Batches, epoch: int) -> Batches:
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return begin(self, epoch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Batches, "at_epoch", broken)
+    with interrupted_at_epoch(1):
         assert command("zoo", "train", recipe, "--out", "broken").status == 130
     done = succeed("zoo", "train", recipe, "--out", "broken")
     assert "goes on from its checkpoint" in done.err
@@ -197,9 +191,11 @@ def test_what_is_missing_is_named(written: Written) -> None:
     written("confused", ANN.replace('"STBP"', '"SLTT"'))
     written("shy", ANN + "patience = 3\n")
     written("five", SNN)
+    written("odd", 'time_norm = "batch"\n' + SNN)
     x, y = np.zeros((8, 8, 8), np.uint8), np.arange(8) % 5
     np.savez("five.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     for arguments, words in (
+        (("odd.toml",), r"time_norm is 'batch'; expected one of plain, tebn, tdbn"),
         (("orphan.toml",), r"ANN nobody, which is neither in out nor in the zoo.*lmh zoo train nobody"),
         (("confused.toml",), r"strategy is SLTT.*an ANN is trained by STBP"),
         (("shy.toml",), r"patience"),
@@ -225,7 +221,6 @@ def test_what_is_missing_is_named(written: Written) -> None:
         (ANN.replace("seed = 3", 'seed = "x"'), r"seed is 'x'; expected a whole number of at least 0"),
         (SNN.replace("timesteps = 2", "timesteps = 0"), r"timesteps is 0; expected a whole number of at least 1"),
         (ANN.replace("samples = 64", "samples = true"), r"samples is True"),
-        ('time_norm = "batch"\n' + SNN, r"time_norm is 'batch'; expected one of plain, tebn, tdbn"),
         ("training = 3\n" + ANN.partition("[training]")[0], r"training is 3; expected a table"),
         ("published = 3\n" + ANN, r"\[published\]: is 3; expected a table"),
         (ANN + '\n[published]\ntable = 4\nmethod = "x"\naccuracy = 50', r"expected table 1, 2 or 3"),

@@ -20,6 +20,8 @@ from .splits import ArraySplit, DataSet
 IMAGES_HELP = "digits, npz:FILE, cifar10:DIR, cifar100:DIR, tinyimagenet:DIR or folder:DIR"
 EVENTS_HELP = "cifar10dvs:DIR, nmnist:DIR or dvsgesture:DIR"
 HELP = f"{IMAGES_HELP}; for networks of event frames {EVENTS_HELP}"
+ANY_DATA = ("npz", "folder")
+"""Kinds of SPEC that hold whatever was put there."""
 OF_CIFAR100 = Preprocessing((3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
@@ -81,6 +83,16 @@ def check_kind_of_data(spec: str, preprocessing: AnyPreprocessing) -> None:
         f"{spec} holds {has} and the network's input is {takes}; expected data of that kind. "
         f"Use --data {use}, or another network: those of `lmh zoo list` named cifar10dvs take event frames."
     )
+
+
+def data_name(spec: str) -> str:
+    """Return the name of a data set from its SPEC.
+
+    >>> [data_name(spec) for spec in ("digits", "cifar100:/data", "npz:/data/cifar10.npz", "folder:/data/flowers")]
+    ['digits', 'cifar100', 'cifar10', 'flowers']
+    """
+    kind, _, where = spec.partition(":")
+    return Path(where).stem if kind in ANY_DATA else kind
 
 
 def _digits() -> DataSet:

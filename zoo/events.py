@@ -41,7 +41,7 @@ class Division(Protocol):
 
 
 @dataclass(frozen=True)
-class Published:
+class PartsAsPublished:
     """Train and test recordings were published apart."""
 
     def options(self) -> list[dict[str, bool]]:
@@ -92,8 +92,8 @@ class EventSet:
 
 EVENT_SETS = {
     "cifar10dvs": EventSet("CIFAR10DVS", "airplane/cifar10_airplane_0.aedat4", FirstNineTenths(), ("tonic", "aedat")),
-    "nmnist": EventSet("NMNIST", "Train/0/00002.bin", Published()),
-    "dvsgesture": EventSet("DVSGesture", "ibmGestureTrain/user01_fluorescent/0.npy", Published()),
+    "nmnist": EventSet("NMNIST", "Train/0/00002.bin", PartsAsPublished()),
+    "dvsgesture": EventSet("DVSGesture", "ibmGestureTrain/user01_fluorescent/0.npy", PartsAsPublished()),
 }
 
 

@@ -15,7 +15,6 @@ from .model_cards import NAME
 from .registry import nearest_names
 
 RECIPES = Path(__file__).parent / "recipes"
-TIME_NORMS = ("plain", "tebn", "tdbn")
 _Fields = TypeVar("_Fields")
 
 
@@ -86,10 +85,6 @@ class Recipe:
         ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ArgumentError(f"{self.name}: {name} is {value!r}; expected a whole number of at least {least}.")
-        if self.time_norm not in TIME_NORMS:
-            raise ArgumentError(
-                f"{self.name}: time_norm is {self.time_norm!r}; expected one of {', '.join(TIME_NORMS)}."
-            )
         if not isinstance(self.training, Mapping):
             raise ArgumentError(f"{self.name}: training is {self.training!r}; expected a table, [training].")
 

@@ -16,6 +16,7 @@ from ..artifact import FORMAT as SNN_FORMAT
 from ..artifact import file_digest, is_there, make_folder, read_snn, read_tensors, user_path, write_atomically
 from ..errors import ArgumentError, ArtifactError, DownloadError
 from .cache import SUFFIX, offline
+from .data import data_name
 from .images import AnyPreprocessing, preprocessing_of
 from .locations import PACKAGE, HubFile, LocalFile, Packaged, parsed_location
 from .model_cards import NAME, ModelCard, SpikingCard, card_markdown, card_text, read_card, read_card_file
@@ -52,12 +53,11 @@ def card_of_file(
         raise ArtifactError(
             f"{path}: expected a {SUFFIX} file, as other formats can run code. Train or convert it here."
         )
-    beside = card_beside(path)
-    if beside is not None:
-        weights = replace(beside.weights, location=base + path.name)
-        return replace(beside, name=name, licence=licence, weights=weights)
     tensors, metadata = read_tensors(path)
     weights = Weights(base + path.name, file_digest(path), path.stat().st_size)
+    beside = card_beside(path, weights.sha256)
+    if beside is not None:
+        return replace(beside, name=name, licence=licence, weights=weights)
     if metadata.get("format") == SNN_FORMAT:
         return _spiking_card(name, path, licence, weights, measured)
     facts = metadata.get("record")
@@ -142,23 +142,14 @@ def _preprocessing(facts: Mapping[str, Any], found: Card) -> AnyPreprocessing:
     return found.preprocessing if stored is None else preprocessing_of(stored)
 
 
-def data_name(spec: str) -> str:
-    """Return the name of a data set from its SPEC.
-
-    >>> [data_name(spec) for spec in ("digits", "cifar100:/data", "npz:/data/cifar10.npz", "folder:/data/flowers")]
-    ['digits', 'cifar100', 'cifar10', 'flowers']
-    """
-    kind, _, where = spec.partition(":")
-    return Path(where).stem if kind in ("npz", "folder") else kind
-
-
-def card_beside(path: Path) -> ModelCard | None:
+def card_beside(path: Path, digest: str) -> ModelCard | None:
     """Return the card that ``lmh zoo train`` wrote beside a file of weights, if it is that file's."""
     place = path.with_suffix(".json")
-    if not is_there(place):
+    try:
+        card = read_card_file(place) if is_there(place) else None
+    except ArtifactError:  # another file of that name
         return None
-    card = read_card_file(place)
-    return card if card.weights.sha256 == file_digest(path) else None
+    return card if card is not None and card.weights.sha256 == digest else None
 
 
 def publish(cards: Sequence[tuple[ModelCard, Path]], folder: Path) -> Path:

@@ -69,13 +69,11 @@ def _table(recipes: Iterable[Recipe], known: Mapping[str, ModelCard]) -> str:
 
 def _row(recipe: Recipe, card: ModelCard | None) -> tuple[str, ...]:
     published, ours, after, ann = recipe.published, NOT_RUN, "", ""
+    source = () if card is None or card.ann_accuracy is None else (card.ann_accuracy,)
     if isinstance(card, SpikingCard):
-        ours = _percent(card.accuracy or ())
-        after = _after_qcfs(card)
+        ours, after, ann = _percent(card.accuracy or ()), _after_qcfs(card), _percent(source)
     elif card is not None:
-        ours = _percent(() if card.ann_accuracy is None else (card.ann_accuracy,))
-    if isinstance(card, SpikingCard) and card.ann_accuracy is not None:
-        ann = _percent((card.ann_accuracy,))
+        ours = _percent(source)
     if published is not None and published.ann is not None:
         ann = f"{ann or NOT_RUN} (paper {published.ann:.2f})"
     if published is not None and published.qcfs is not None:

@@ -15,7 +15,7 @@ from ..cli import command_line
 from ..errors import ArgumentError
 from ..records import plain_value
 from ..terminal import Terminal
-from .data import check_kind_of_data, load_data
+from .data import ANY_DATA, check_kind_of_data, load_data
 from .images import Batches, seeded_order
 from .model_cards import SpikingCard, card_text, read_card_file
 from .models import model_names
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from ..finetune.recipe import TrainingRecipe
 
 EMBEDDED = ("digits",)
-ANY_DATA = ("npz", "folder")
 CHECKPOINT_MINUTES = 10.0
 
 
@@ -153,9 +152,14 @@ def train_snn(context: click.Context, recipe: Recipe, spec: str, start: str, pat
         path: of the file; a folder of that name without a suffix has recipe, log and checkpoints.
         device: ``auto``, ``cpu`` or ``cuda``.
     """
+    from ..convert.normalisation import NORMALISATIONS
     from ..finetune.cli import finetune_command
     from ..finetune.recipe import write_recipe
 
+    if recipe.time_norm not in NORMALISATIONS:
+        raise ArgumentError(
+            f"{recipe.name}: time_norm is {recipe.time_norm!r}; expected one of {', '.join(NORMALISATIONS)}."
+        )
     folder = path.with_suffix("")
     make_folder(folder, "Name another with --out.")
     wanted = folder / "recipe.toml"

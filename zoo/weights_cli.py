@@ -15,7 +15,7 @@ from .cache import is_whole, resting_place
 from .locations import parsed_location
 from .model_cards import ModelCard, card_json, card_markdown
 from .models import download, model_card, model_names, packaged
-from .releases import add, card_of_file, publish
+from .releases import add, card_beside, card_of_file, publish
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -92,7 +92,9 @@ def add_command(address: str, as_json: bool) -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the release.")
 @click.option("--base", metavar="URL", help="Where the folder will lie; unless given, cards find files beside them.")
 @click.option("--licence", default="Apache-2.0", show_default=True, help="Of the weights, an SPDX identifier.")
-@click.option("--data", metavar="SPEC", help="Measure spiking networks on its test split, for firing rates and energy.")
+@click.option(
+    "--data", metavar="SPEC", help="Measure spiking networks that have no card beside them on its test split."
+)
 @JSON
 def publish_command(
     files: tuple[str, ...], out: Path, base: str | None, licence: str, data: str | None, as_json: bool
@@ -106,7 +108,9 @@ def publish_command(
         path = user_path(file)
         if folder:
             parsed_location(folder + path.name)
-        measured = _measured(path, data, terminal) if data is not None else None
+        measured = None
+        if data is not None and card_beside(path, file_digest(path)) is None:
+            measured = _measured(path, data, terminal)
         cards.append((card_of_file(name or path.stem, path, licence=licence, base=folder, measured=measured), path))
     doubled = {card.name for card, _ in cards if [other.name for other, _ in cards].count(card.name) > 1}
     if doubled:
