@@ -9,7 +9,8 @@ Every row comes from fresh processes: one that trains the ANN and the spiking ne
 the median of the ratios within a round, and one that trains the spiking network alone, for its peak resident memory
 with all that Python and torch take. ``peak_mb`` of the ANN is that of a process that trains the ANN alone. With
 ``--recompute`` the spiking network trains by ``Recompute()`` and freed memory is given back, as with ``lmh finetune
---recompute``; the ANN trains as ever.
+--recompute``; the ANN trains as ever. With ``--channels-last`` both networks do, as with ``lmh finetune
+--channels-last``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -29,9 +31,8 @@ from torch import nn
 
 from lmh import __version__, kernels_used
 from lmh.convert import convert
-from lmh.finetune import KeepAll, Recompute, Schedule, TimeSliced
+from lmh.finetune import Float32, KeepAll, Recompute, Schedule, TimeSliced
 from lmh.finetune.log import peak_memory_mb
-from lmh.finetune.memory import Memory
 from lmh.finetune.optimiser import optimiser
 from lmh.finetune.steps import Stepper, Work
 from lmh.torchvision_shim import torchvision
@@ -53,13 +54,14 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {"resnet20": lambda: CifarResNet(
 BATCHES = {"resnet20": 128, "resnet18": 16}
 
 
-def stepper_of(name: str, timesteps: int, k: int, memory: Memory) -> Stepper:
+def stepper_of(name: str, timesteps: int, k: int, schedule: Schedule) -> Stepper:
     """What trains the ANN, for T = 0, or its spiking network."""
     torch.manual_seed(0)
     network = NETWORKS[name]()
     if timesteps:
         network = convert(network, timesteps, data=torch.rand(4, 3, 32, 32)).snn
-    schedule = Schedule(epochs=1, memory=memory)
+    order = torch.channels_last if schedule.precision.channels_last else torch.contiguous_format
+    network.to(memory_format=order)  # type: ignore[call-overload]
     return Stepper(network.train(), optimiser(network, schedule), schedule, TimeSliced(max(k, 1)))
 
 
@@ -70,15 +72,17 @@ def work_of(batch: int) -> Work:
     return Work((x,), y, None)
 
 
-def timed(name: str, timesteps: int, k: int, memory: Memory, batch: int, rounds: int, threads: int) -> dict[str, Any]:
+def timed(
+    name: str, timesteps: int, k: int, schedule: Schedule, batch: int, rounds: int, threads: int
+) -> dict[str, Any]:
     """Milliseconds of the ANN's step and of the spiking network's, in turn, after one round that does not count."""
     torch.set_num_threads(threads)
-    memory.allocate()
-    ann, snn = stepper_of(name, 0, 0, KeepAll()), stepper_of(name, timesteps, k, memory)
+    schedule.memory.allocate()
+    ann, snn = stepper_of(name, 0, 0, replace(schedule, memory=KeepAll())), stepper_of(name, timesteps, k, schedule)
     work = work_of(batch)
     taken: list[tuple[float, float]] = []
     for _ in range(rounds + 1):
-        taken.append((seconds_of(ann, work, KeepAll()), seconds_of(snn, work, memory)))
+        taken.append((seconds_of(ann, work), seconds_of(snn, work)))
     kernels = {kernel.value for kernel in kernels_used(snn.model).values() if kernel is not None}
     return {
         "ann_ms": round(1000 * statistics.median(ann for ann, _ in taken[1:]), 1),
@@ -88,19 +92,19 @@ def timed(name: str, timesteps: int, k: int, memory: Memory, batch: int, rounds:
     }
 
 
-def seconds_of(stepper: Stepper, work: Work, memory: Memory) -> float:
+def seconds_of(stepper: Stepper, work: Work) -> float:
     """How long a step takes."""
-    memory.allocate()
+    stepper.schedule.memory.allocate()
     started = time.perf_counter()
     stepper(work)
     return time.perf_counter() - started
 
 
-def peak(name: str, timesteps: int, k: int, memory: Memory, batch: int, threads: int) -> float | None:
+def peak(name: str, timesteps: int, k: int, schedule: Schedule, batch: int, threads: int) -> float | None:
     """Megabytes that a process holds at most in three steps; T = 0 is the ANN."""
     torch.set_num_threads(threads)
-    memory.allocate()
-    stepper, work = stepper_of(name, timesteps, k, memory), work_of(batch)
+    schedule.memory.allocate()
+    stepper, work = stepper_of(name, timesteps, k, schedule), work_of(batch)
     for _ in range(3):
         stepper(work)
     found = peak_memory_mb(torch.device("cpu"))
@@ -120,6 +124,7 @@ def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--recompute", is_flag=True, help="Train by Recompute(), in less memory.")
+@click.option("--channels-last", is_flag=True, help="Store images and activations as [N, H, W, C], of both networks.")
 @click.option("--quick", is_flag=True, help="Two images, one round, ResNet-20, k = T = 4: no figures to quote.")
 def main(
     names: tuple[str, ...],
@@ -128,24 +133,27 @@ def main(
     rounds: int,
     threads: int,
     recompute: bool,
+    channels_last: bool,
     quick: bool,
 ) -> None:
     """Measure every network, T and k."""
     if quick:
         names, wanted, batch, rounds = names or ("resnet20",), wanted or (4,), batch or 2, 1
     names, wanted = names or tuple(NETWORKS), wanted or TIMESTEPS
-    memory: Memory = Recompute() if recompute else KeepAll()
-    print(f"seed 0, fp32, batch {batch or BATCHES}, {rounds} rounds, {threads} threads, T {list(wanted)}, {memory}, "
-          f"lmh {__version__}, torch {torch.__version__}, {platform.machine()}")  # fmt: skip
+    precision = Float32(channels_last)
+    plain = Schedule(epochs=1, precision=precision)
+    schedule = Schedule(epochs=1, precision=precision, memory=Recompute()) if recompute else plain
+    print(f"seed 0, {precision}, {schedule.memory}, batch {batch or BATCHES}, {rounds} rounds, {threads} threads, "
+          f"T {list(wanted)}, lmh {__version__}, torch {torch.__version__}, {platform.machine()}")  # fmt: skip
     print(f"{'network':10}{'T':>4}{'k':>4}{'ms':>10}{'ANN ms':>10}{'ratio':>8}{'peak MB':>10}{'ANN MB':>9}  kernels")
     rows: dict[tuple[str, int, int], dict[str, Any]] = {}
     for name in names:
         size = batch or BATCHES[name]
-        ann_mb = fresh(peak, name, 0, 0, KeepAll(), size, threads)
+        ann_mb = fresh(peak, name, 0, 0, plain, size, threads)
         for timesteps in wanted:
             for k in sorted({*(k for k in (() if quick else SLICES) if timesteps % k == 0), timesteps}):
-                row = fresh(timed, name, timesteps, k, memory, size, rounds, threads)
-                row |= {"peak_mb": fresh(peak, name, timesteps, k, memory, size, threads), "ann_peak_mb": ann_mb}
+                row = fresh(timed, name, timesteps, k, schedule, size, rounds, threads)
+                row |= {"peak_mb": fresh(peak, name, timesteps, k, schedule, size, threads), "ann_peak_mb": ann_mb}
                 rows[name, timesteps, k] = row
                 print(f"{name:10}{timesteps:4}{k:4}{row['ms']:10.1f}{row['ann_ms']:10.1f}{row['ratio']:8.2f}"
                       f"{row['peak_mb'] or 0:10.0f}{ann_mb or 0:9.0f}  {', '.join(row['kernels'])}")  # fmt: skip

@@ -6,10 +6,10 @@ The forward pass is :func:`lmh.neurons.lmh_step`, step by step. The backward pas
 then :func:`lmh.neurons.lmh_step_adjoint` from the last to the first, so no potential is kept between the two. Both
 passes are plain functions of tensors, run as they are (FUSED) or compiled (COMPILED): see lmh/kernels.py.
 
-Inside of them the M neurons of one step are one flat axis, in the order in which the current lies in memory. So neither
-pass moves data, channels_last or not, and one compilation serves every site. A value per channel is written out per
-neuron first: a compiler that broadcasts it along two axes splits the pass into several, each with its own way through
-memory.
+Inside of them the neurons of one step are R rows of K columns, as the current lies in memory: lmh/memory_order.py. So
+neither pass moves data, channels_last or not, and one compilation serves every site. For a compiled pass every
+coefficient is a column [R, 1] or a row [1, K], also one that all neurons share: a compiler that meets values without
+rows takes them for one long axis, and splits the pass into several, each with its own way through memory.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ def forward_pass(
     Args:
         job: what is run.
         extra: what is wanted beside the output.
-        currents: I, [T, M], or [M] where static.
-        v_dendrite: v_D[0], [] or [M].
-        v_soma: v_S[0], [] or [M].
-        values: θ, λ_S, λ_D, μ_S, μ_D, each [] or [M], behind a first axis of T if per step.
+        currents: I, [T, R, K], or [R, K] where static.
+        v_dendrite: v_D[0], [] or [R, K].
+        v_soma: v_S[0], [], [R, 1], [1, K] or [R, K].
+        values: θ, λ_S, λ_D, μ_S, μ_D, each [], [R, 1] or [1, K], behind a first axis of T if per step.
 
     Returns:
-        θ s, [T·M] in the dtype of the current; if wanted, v_D[T] and v_S[T]; if wanted, the bits of :func:`packed`.
+        θ s, [T·R, K] in the dtype of the current; if wanted, v_D[T] and v_S[T]; if wanted, the bits of :func:`packed`.
     """
     outputs, state = [], State(v_dendrite, v_soma)
     for t in range(job.steps):
@@ -102,15 +102,16 @@ def backward_pass(
     Args:
         job: what is run.
         wanted: whether the gradient of the current, of v_S[0], and of each of the values is.
-        grad_output: g, [T, M].
+        grad_output: g, [T, R, K].
         currents: as in :func:`forward_pass`, like all that follows.
         v_dendrite: v_D[0].
         v_soma: v_S[0].
         values: θ, λ_S, λ_D, μ_S, μ_D.
 
     Returns:
-        The gradients of the current, [T·M] or [M], of v_S[0] and of the values, each of its shape; None for what is
-        not wanted.
+        The gradients of the current, [T·R, K] or [R, K], of v_S[0] and of the values; None for what is not wanted.
+        Where one of these is [1, K] its gradient is [R, K], still to be summed over the rows; where it is [R, 1] or []
+        its gradient is of its shape.
     """
     dtype = values[0].dtype
     moments, state = [], State(v_dendrite, v_soma)
@@ -136,10 +137,10 @@ def backward_pass(
     if wanted[0]:
         gradients[0] = torch.cat(to_current).to(currents.dtype)
     if wanted[1]:
-        gradients[1] = _shared(after.v_soma, v_soma.ndim == 0)
+        gradients[1] = _summed(after.v_soma, v_soma, 0)
     for index, (found, value) in enumerate(zip(to_values, values, strict=True)):
         if found:
-            sums = [_shared(terms, value.ndim == job.per_step) for terms in found]
+            sums = [_summed(terms, value, int(job.per_step)) for terms in found]
             gradients[2 + index] = torch.stack(sums) if job.per_step else sums[0]
     return gradients
 
@@ -152,9 +153,11 @@ def _collect(found: list[Tensor], terms: Tensor, *, add: bool) -> None:
         found.insert(0, terms)
 
 
-def _shared(terms: Tensor, scalar: bool) -> Tensor:
-    """The gradient of a value that all neurons share, or that each has for itself."""
-    return terms.sum() if scalar else terms
+def _summed(terms: Tensor, value: Tensor, first: int) -> Tensor:
+    """The terms [R, K] of a gradient, summed over all neurons or over those of each row, if these share the value."""
+    if value.ndim == first:
+        return terms.sum()
+    return terms.sum(-1, keepdim=True) if value.shape[-1] == 1 else terms
 
 
 @dataclass(frozen=True)
@@ -171,20 +174,25 @@ class _Call:
         compiled = self.kernel is Kernel.COMPILED
         pass_ = program(function, self.job, variant) if compiled else partial(function, self.job, variant)
         device = tensors[0].device.type
-        plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        plain = torch.autocast(device, enabled=False) if cast else nullcontext()
         with torch.no_grad(), plain:
             return pass_(*(tensor.detach() for tensor in tensors))
 
     def flat(self, currents: Tensor, v_dendrite: Tensor, v_soma: Tensor, *values: Tensor) -> list[Tensor]:
-        """The same, each flat: [] or [M], behind an axis of T where it has one."""
-        order, scalar = self.order, int(self.job.per_step)
+        """The same as rows and columns."""
+        order = self.order
         currents = order.flatten(currents, *self.lead)
         if v_dendrite.ndim > 0:
-            v_dendrite, v_soma = order.flatten(v_dendrite), order.flatten(v_soma)
-        elif v_soma.ndim > 0:
-            v_soma = order.write_out(v_soma)
-        written = (order.write_out(value) if value.ndim > scalar else value for value in values)
-        return [currents, v_dendrite, v_soma, *written]
+            state = order.flatten(v_dendrite), order.flatten(v_soma)
+        else:
+            state = v_dendrite, self.broadcast(v_soma, 0)
+        return [currents, *state, *(self.broadcast(value, int(self.job.per_step)) for value in values)]
+
+    def broadcast(self, value: Tensor, first: int) -> Tensor:
+        """A value for all neurons or for each channel, as a pass takes it."""
+        plain = value.ndim == first and self.kernel is not Kernel.COMPILED
+        return value if plain else self.order.write_out(value, first)
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -204,9 +212,9 @@ class _Call:
         if found[0] is not None:
             found[0] = self.order.restore(found[0], *self.lead)
         for index, tensor in enumerate(tensors[2:], start=1):
-            gradient = found[index]
+            gradient, first = found[index], int(self.job.per_step and index > 1)
             if gradient is not None and gradient.shape != tensor.shape:
-                found[index] = self.order.sum_up(gradient)
+                found[index] = self.order.sum_up(gradient, tensor, first)
         return found
 
 

@@ -139,8 +139,8 @@ class Program:
         # Only sizes are free. dynamic=True would free the numbers of the surrogate too, and compute with them anew for
         # every neuron.
         for tensor in tensors:
-            if tensor.ndim:
-                maybe_mark_dynamic(tensor, tensor.ndim - 1)
+            for axis in range(tensor.ndim)[-2:]:
+                maybe_mark_dynamic(tensor, axis)
         try:
             return self.compiled(*tensors)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,12 +63,12 @@ def _quantized(levels: int, dtype: torch.dtype, x: Tensor, theta: Tensor) -> Ten
     return (theta * _share(levels, _single(x) / theta)).to(dtype)
 
 
-def _slopes(levels: int, axis: int | None, grad: Tensor, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient by x, and the terms of the one by θ, summed over an axis if one is named."""
+def _slopes(levels: int, columns: bool, grad: Tensor, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient by x, and the terms of the one by θ, summed over the columns where all of them share a θ."""
     ratio = _single(x) / theta
     inside = (ratio >= 0) & (ratio <= 1)
     terms = grad * (_share(levels, ratio) - torch.where(inside, ratio, 0))
-    return torch.where(inside, grad, 0).to(x.dtype), terms if axis is None else terms.sum(axis)
+    return torch.where(inside, grad, 0).to(x.dtype), terms.sum(-1, keepdim=True) if columns else terms
 
 
 class _Quantize(torch.autograd.Function):
@@ -80,69 +79,42 @@ class _Quantize(torch.autograd.Function):
         ctx.save_for_backward(x, v_threshold)
         ctx.levels = levels
         compiled = choose(x, steps=1, training=True) is Kernel.COMPILED
-        ctx.layout = _layout(x, v_threshold) if compiled else None
-        if ctx.layout is None:
+        ctx.order = _order(x, v_threshold) if compiled else None
+        if ctx.order is None:
             return _quantized(levels, x.dtype, x, v_threshold)
-        theta = ctx.layout.aligned(v_threshold)
-        return ctx.layout.order.restore(program(_quantized, levels, x.dtype)(ctx.layout.flat(x), theta))
+        theta = ctx.order.write_out(_squeezed(v_threshold))
+        return ctx.order.restore(program(_quantized, levels, x.dtype)(ctx.order.flatten(x), theta))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
         x, v_threshold = ctx.saved_tensors
-        layout: _Layout | None = ctx.layout
-        if layout is None:
-            by_x, terms = _slopes(ctx.levels, None, grad, x, v_threshold)
+        order: Order | None = ctx.order
+        if order is None:
+            by_x, terms = _slopes(ctx.levels, False, grad, x, v_threshold)
             return by_x, terms.sum_to_size(v_threshold.shape), None
-        tensors = (layout.flat(grad), layout.flat(x), layout.aligned(v_threshold))
-        by_x, sums = program(_slopes, ctx.levels, -1 if layout.rows else 0)(*tensors)
-        by_theta = sums.sum(0) if layout.rows else sums
-        return layout.order.restore(by_x), by_theta.reshape(v_threshold.shape), None
+        theta = _squeezed(v_threshold)
+        tensors = (order.flatten(grad), order.flatten(x), order.write_out(theta))
+        by_x, terms = program(_slopes, ctx.levels, tensors[-1].shape[-1] == 1)(*tensors)
+        return order.restore(by_x), order.sum_up(terms, theta).reshape(v_threshold.shape), None
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How compiled programs see x: in the order in which it lies in memory, with few axes.
-
-    [M] under one θ for all. Under one for each channel [N·positions, C] where the channels of a position lie side by
-    side, else [N, C, positions].
-    """
-
-    order: Order
-    per_channel: bool
-
-    @property
-    def rows(self) -> bool:
-        """Whether the positions of a channel lie side by side, under a θ of its own."""
-        return self.per_channel and not self.order.channels_last
-
-    def flat(self, x: Tensor) -> Tensor:
-        """Return ``x`` so; a view where it lies in this order."""
-        values = self.order.flatten(x)
-        if not self.per_channel:
-            return values
-        batch, channels = self.order.shape[:2]
-        positions = self.order.positions
-        return values.view(batch, channels, positions) if self.rows else values.view(batch * positions, channels)
-
-    def aligned(self, theta: Tensor) -> Tensor:
-        """Return θ as it broadcasts against that."""
-        if not self.per_channel:
-            return theta.reshape(())
-        return theta.reshape(-1, 1) if self.rows else theta.reshape(-1)
+def _squeezed(theta: Tensor) -> Tensor:
+    """θ as [] or [C]."""
+    return theta.reshape(() if theta.numel() == 1 else -1)
 
 
-def _layout(x: Tensor, theta: Tensor) -> _Layout | None:
-    """Return how programs see x; None where no compiled program is made for it."""
+def _order(x: Tensor, theta: Tensor) -> Order | None:
+    """Return how x lies in memory; None where no compiled program is made for it."""
     if x.ndim == 0:
         return None
-    order, per_channel = Order.of(x), theta.numel() > 1
+    order = Order.of(x)
     if not (order.channels_last or x.is_contiguous()):
         return None
-    if per_channel and (x.ndim < 2 or theta.shape != (x.shape[1], *[1] * (x.ndim - 2))):
+    if theta.numel() > 1 and (x.ndim < 2 or theta.shape != (x.shape[1], *[1] * (x.ndim - 2))):
         return None
-    return _Layout(order, per_channel)
+    return order
 
 
 def _numbers(value: float | Tensor) -> object:

@@ -32,10 +32,10 @@ def packed(outputs: Sequence[Tensor]) -> Tensor:
     """Return the spikes of all steps, a bit each.
 
     Args:
-        outputs: θ s of every step, [M].
+        outputs: θ s of every step, one shape.
 
     Returns:
-        [⌈T/8⌉·M], uint8: bit t mod 8 of byte ⌊t/8⌋ of a neuron is s[t].
+        ⌈T/8⌉ of that shape, one behind the other, uint8: bit t mod 8 of byte ⌊t/8⌋ of a neuron is s[t].
 
     >>> packed([torch.tensor([0.5, 0.0]), torch.tensor([0.5, 0.5])])
     tensor([3, 2], dtype=torch.uint8)

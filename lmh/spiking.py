@@ -96,8 +96,8 @@ def bounded(raw: Tensor, preset: float, low: float, high: float) -> Tensor:
     >>> bounded(torch.tensor(0.0), 0.5, 0.0, 1.5).item()
     0.5
     """
-    up, down = high - preset, preset - low
-    return preset + torch.where(raw >= 0, up * torch.tanh(raw / up), down * torch.tanh(raw / down))
+    reach = torch.full_like(raw, high - preset).masked_fill_(raw < 0, preset - low)
+    return preset + reach * torch.tanh(raw / reach)
 
 
 class SpikingSite(Timed):
