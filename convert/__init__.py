@@ -1,5 +1,6 @@
 """Conversion: from any pretrained ANN to a spiking network, and back from a file."""
 
+from .deploy import deploy
 from .loading import Source, load_source
 from .maxpool import MAXPOOLS, AveragePool, BeforeNeuron, Gated
 from .normalisation import NORMALISATIONS, TEBN, PlainBatchNorm, TdBN
@@ -29,6 +30,7 @@ __all__ = [
     "as_neuron",
     "assemble",
     "convert",
+    "deploy",
     "from_qcfs",
     "keep",
     "load",

@@ -66,13 +66,14 @@ def use_kernel(kernel: Kernel) -> Iterator[None]:
         _asked.reset(token)
 
 
-def choose(current: Tensor, *, steps: int, training: bool) -> Kernel:
+def choose(current: Tensor, *, steps: int, training: bool, worth: int = WORTH_COMPILING) -> Kernel:
     """Return the kernel for one call of a site.
 
     Args:
         current: the current of all steps, or of the one that is taken ``steps`` times.
         steps: how many steps the call runs.
         training: whether a gradient is wanted.
+        worth: how many values of current make a compilation worth it.
 
     >>> choose(torch.zeros(4, 2), steps=4, training=True), choose(torch.zeros(4, 2), steps=4, training=False)
     (<Kernel.FUSED: 'fused'>, <Kernel.EAGER: 'eager'>)
@@ -83,8 +84,8 @@ def choose(current: Tensor, *, steps: int, training: bool) -> Kernel:
     if asked is None and not training:
         return Kernel.EAGER
     plain = type(current) in (Tensor, nn.Parameter)
-    worth = current.numel() >= WORTH_COMPILING and steps <= MOST_COMPILED_STEPS
-    if plain and can_compile(current.device.type) and (worth if asked is None else asked is Kernel.COMPILED):
+    large = current.numel() >= worth and steps <= MOST_COMPILED_STEPS
+    if plain and can_compile(current.device.type) and (large if asked is None else asked is Kernel.COMPILED):
         return Kernel.COMPILED
     return Kernel.EAGER if asked is Kernel.EAGER else Kernel.FUSED
 

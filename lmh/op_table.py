@@ -47,6 +47,9 @@ INSTANCENORM_MODULES = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 AVGPOOL_MODULES = (
     nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
 )  # fmt: skip
+AVGPOOL_FUNCTIONS = (
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+)  # fmt: skip
 MAXPOOL_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
 )  # fmt: skip
@@ -87,7 +90,6 @@ DROPOUT_FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.alpha_dropout: nn.AlphaDropout,
     F.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }
-ADAPTIVE_MAXPOOL_FUNCTIONS = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
 SYNAPSE_FUNCTIONS: set[Any] = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
 }  # fmt: skip
@@ -108,8 +110,7 @@ FUNCTION_KINDS: dict[Callable[..., Any], Kind] = {
     **dict.fromkeys(
         (
             operator.add, operator.iadd, operator.sub, operator.isub, operator.neg, torch.add, torch.sub,
-            torch.subtract, torch.neg, torch.negative, F.batch_norm, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
-            torch.mean, torch.sum, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+            torch.subtract, torch.neg, torch.negative, F.batch_norm, *AVGPOOL_FUNCTIONS, torch.mean, torch.sum,
             F.interpolate, F.fold, torch.zeros_like, torch.ones_like,
         ),
         Kind.AFFINE,

@@ -14,10 +14,11 @@ from torch import Tensor, fx, nn
 from lmh import IF, LIF, LMH, PerChannel, PerLayer, PerStep, sites, zoo
 from lmh.calibrate import Max
 from lmh.convert import Conversion, EventFrames, convert, load, save
+from lmh.convert.deploy import deployed
 from lmh.convert.export import Comparison, Exported, fold_batchnorm
-from lmh.convert.export.deploy import FixedSite, deployed
 from lmh.convert.export.result import compare
 from lmh.errors import ArgumentError
+from lmh.frozen import FrozenSite
 from lmh.time_axis import carry_state, per_step
 
 SHAPE = (2, 12, 12)
@@ -211,7 +212,7 @@ def test_constant_neurons_equal_learnable_ones_bit_for_bit(
         snn, x = conversion.snn.to(dtype), torch.randn(9, *SHAPE).to(dtype)
         fixed = copy.deepcopy(snn)
         for path, site in sites(fixed).items():
-            fixed.set_submodule(path, FixedSite(site.time, site))
+            fixed.set_submodule(path, FrozenSite(site))
         with torch.no_grad():
             assert torch.equal(fixed(x), snn(x))
 

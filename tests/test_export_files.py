@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import nets
 from lmh import LMH, PerChannel, PerStep, sites, zoo
 from lmh.convert import Conversion, EventFrames, convert, load, save
+from lmh.convert.deploy import deployed
 from lmh.convert.export import Exported, export_onnx, export_pt2, to_pt2
-from lmh.convert.export.deploy import deployed
 from lmh.errors import ArgumentError, ArtifactError
 from lmh.torchvision_shim import torchvision
 from test_export_deploy import SHAPE, learned, mean_size, residual_conversion, settled

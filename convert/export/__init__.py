@@ -1,6 +1,6 @@
 """Export: a converted network as one file for other tools (ONNX, torch.export, NIR)."""
 
-from .deploy import fold_batchnorm
+from ..deploy import fold_batchnorm
 from .nir_neurons import ShiftedStart, ZeroStart
 from .result import Comparison, Exported
 from .to_nir import Exact, Project, export_nir

@@ -29,7 +29,7 @@ from ...time_axis import (
     time_axis,
 )
 from ..audit import describe
-from .deploy import input_shapes_of
+from ..deploy import input_shapes_of
 from .nir_build import Builder, float32
 from .nir_layers import conv_options, normalisation
 from .nir_neurons import Fit, neuron_for

@@ -17,8 +17,8 @@ from ...errors import ArgumentError, ArtifactError
 from ...readout import MeanReadout
 from ...structures import each_shape
 from ...time_axis import takes_events, time_axis
+from ..deploy import fold_batchnorm, required_shape
 from ..pipeline import Conversion
-from .deploy import fold_batchnorm, required_shape
 from .nir_graph import Translation
 from .nir_neurons import MEAN_RESIDUAL, Fit, ShiftedStart, Start
 from .result import Exported

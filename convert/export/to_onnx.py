@@ -16,9 +16,9 @@ from torch import Tensor, fx
 
 from ...artifact import user_path, write_atomically
 from ...errors import ArtifactError
+from ..deploy import deployed, random_inputs, required_shape
 from ..files import EXPORT_MARK
 from ..pipeline import Conversion
-from .deploy import deployed, random_inputs, required_shape
 from .result import Exported
 from .to_pt2 import EXAMPLE_BATCH, batch_axes, beside_the_network, traced
 

@@ -15,9 +15,9 @@ from ...artifact import user_path, write_atomically
 from ...errors import ArtifactError
 from ...structures import tensors_of
 from ...time_axis import takes_events
+from ..deploy import at_rest, deployed, network_of, random_inputs, required_shape
 from ..files import EXPORT_MARK
 from ..pipeline import Conversion
-from .deploy import at_rest, deployed, network_of, random_inputs, required_shape
 from .result import Comparison, Exported, compare
 
 EXAMPLE_BATCH = 2

@@ -1,9 +1,13 @@
-"""The copy of a spiking network that is exported: BatchNorm folded, neurons with constant coefficients."""
+"""deploy: the copy of a spiking network that answers fastest; and the copies that exporters take.
+
+BatchNorm is folded into the weights in front of it, thresholds into the weights behind them, and the neurons have
+constant coefficients (lmh/frozen.py). What does not depend on time is computed once in any network.
+"""
 
 from __future__ import annotations
 
 import copy
-import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -11,17 +15,30 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ...errors import ArgumentError
-from ...op_table import BATCHNORM_MODULES, SYNAPSE_MODULES
-from ...ops import module_of
-from ...shapes import node_values
-from ...spiking import COEFFICIENTS, PerStep, SpikingSite, sites
-from ...structures import SampleShape, Shape, as_sample_shape, batched, each_shape
-from ...time_axis import Readout, TimeAxis, Timed, call, takes_events, time_axis
-from ..paths import unique_path
-from ..pipeline import Conversion
-from ..storage import MANIFEST
+from ..errors import ArgumentError
+from ..frozen import FrozenSite
+from ..op_table import (
+    AVGPOOL_FUNCTIONS,
+    AVGPOOL_MODULES,
+    BATCHNORM_MODULES,
+    DROPOUT_FUNCTIONS,
+    IDENTITY_MODULES,
+    SYNAPSE_MODULES,
+    Kind,
+)  # fmt: skip
+from ..ops import argument, kind_of, module_of, signal_input
+from ..shapes import node_values
+from ..spiking import PerStep, SpikingSite, sites
+from ..structures import SampleShape, Shape, as_sample_shape, batched, each_shape
+from ..time_axis import EnterTail, LeaveTail, Readout, Timed, call, takes_events, time_axis
+from .paths import unique_path
+from .pipeline import Conversion
+from .storage import MANIFEST
 
+_PASSING: set[Any] = {
+    *AVGPOOL_MODULES, *AVGPOOL_FUNCTIONS, *IDENTITY_MODULES, *DROPOUT_FUNCTIONS, EnterTail, LeaveTail,
+}  # fmt: skip
+_ROUNDS = 4
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -36,6 +53,11 @@ def network_of(network: Conversion | fx.GraphModule) -> fx.GraphModule:
         raise ArgumentError(
             f"export: got a {type(snn).__name__} without spiking sites; expected what lmh.convert.convert or load "
             "returned. Convert it first, and pass the network itself, not a wrapper around it (DDP, torch.compile)."
+        )
+    if any(isinstance(site, FrozenSite) for site in sites(snn).values()):
+        raise ArgumentError(
+            "the network is deployed: its BatchNorm and thresholds are folded. Expected what convert or load returned. "
+            "Pass that one."
         )
     if any(tensor.device.type == "meta" for tensor in (*snn.parameters(), *snn.buffers())):
         raise ArgumentError("export: the network is on the meta device and has no values. Load its weights first.")
@@ -78,12 +100,56 @@ def required_shape(network: Conversion | fx.GraphModule, input_shape: Sequence[A
 def at_rest(snn: fx.GraphModule) -> fx.GraphModule:
     """Return a copy on the CPU in eval mode that starts anew, runs T steps and returns their mean."""
     model = copy.deepcopy(snn).cpu().eval().requires_grad_(False)
-    time = time_axis(model)
-    time.steps, time.readout, time.carry = time.timesteps, Readout.MEAN, False
+    axis = time_axis(model)
+    axis.steps, axis.readout, axis.carry = axis.timesteps, Readout.MEAN, False
     for module in model.modules():
         if isinstance(module, Timed):
             module.drop_state()
     return model
+
+
+def deploy(
+    network: Conversion | fx.GraphModule,
+    *,
+    example: Tensor | Sequence[Tensor] | None = None,
+    input_shape: Sequence[Any] | None = None,
+) -> fx.GraphModule:
+    """Return a copy of a spiking network for inference.
+
+    1. BatchNorm is folded (:func:`fold_batchnorm`).
+    2. Where nothing but weighted layers read the output θ s of a site, straight or through pools, flattening and
+       dropout, θ goes into their weights, W' = W θ for each input channel, and the site gives s, 0 or 1.
+    3. The neurons are constants, and run as one pass over all steps, compiled where that is worth it.
+    4. With an ``example``, channels first or channels last in memory: what was faster on it, in this process.
+
+    The equations stay. Folding rounds the weights anew, so a potential can come to lie on the other side of θ: single
+    spikes differ, and with them single outputs, by a few θ/T.
+
+    Args:
+        network: from ``convert`` or ``load``; not changed. Keep it: a deployed one is not trained, saved or exported.
+        example: an input, [N, *F] or [T, N, *F], or a sequence of several, such as will come later.
+        input_shape: of one sample, without batch (a shape for each of several inputs); not needed for a Conversion or
+            a loaded network.
+
+    Returns:
+        An ordinary module, on the CPU and in eval mode. ``per_step``, ``carry_state`` and ``evaluate`` take it.
+
+    Raises:
+        ArgumentError: if it is not a spiking network, or deployed already.
+
+    >>> from lmh.convert import load
+    >>> snn, x = load("zoo:digits-cnn-t4"), torch.rand(8, 1, 8, 8)
+    >>> fast = deploy(snn, example=x)
+    >>> torch.equal(fast(x).argmax(1), snn(x).argmax(1)), [site.binary for site in sites(fast).values()]
+    (True, [False, True, False, True])
+    """
+    model = fold_batchnorm(network, input_shape=input_shape)
+    flat = _flat_outputs(model, sample_shape_of(network, input_shape))
+    for path, site in sites(model).items():
+        model.set_submodule(path, FrozenSite(site, binary=_fold_threshold(model, path, site, flat)))
+    model.recompile()
+    model.meta.pop(MANIFEST, None)
+    return model if example is None else _faster(model, (example,) if isinstance(example, Tensor) else tuple(example))
 
 
 def fold_batchnorm(network: Conversion | fx.GraphModule, *, input_shape: Sequence[Any] | None = None) -> fx.GraphModule:
@@ -147,6 +213,90 @@ def _foldable(source: fx.Node, norm: nn.Module) -> bool:
     return not hooked and not grouped and outputs == norm.num_features
 
 
+def _fold_threshold(model: fx.GraphModule, path: str, site: SpikingSite, flat: Callable[[fx.Node], bool]) -> bool:
+    """Take the θ of a site into the layers that read it, where they are all that does; return whether it was so."""
+    (node,) = (node for node in model.graph.nodes if node.target == path)
+    layers = None if isinstance(site.neuron.granularity, PerStep) else _readers(node)
+    if layers is None or not all(_scalable(site, *layer, flat) for layer in layers):
+        return False
+    for layer, flattened in layers:
+        _scale(model, layer, site.v_threshold, flattened)
+    return True
+
+
+def _readers(node: fx.Node, flattened: bool = False) -> list[tuple[fx.Node, bool]] | None:
+    """Return the weighted layers that read a site, and whether its output is flattened before; None if others do."""
+    found: list[tuple[fx.Node, bool]] = []
+    for user in node.users:
+        module = module_of(user)
+        if type(module) in SYNAPSE_MODULES:
+            found.append((user, flattened))
+            continue
+        flattens = _flattens(user)
+        passes = flattens or type(module) in _PASSING or user.target in _PASSING or kind_of(user) is Kind.MAXPOOL
+        behind = _readers(user, flattened or flattens) if passes else None
+        if behind is None:
+            return None
+        found += behind
+    return found or None
+
+
+def _flattens(node: fx.Node) -> bool:
+    """Whether a node makes [N, C·F] of [N, C, *F]."""
+    module = module_of(node)
+    if isinstance(module, nn.Flatten):
+        return (module.start_dim, module.end_dim) == (1, -1)
+    axes = argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1)
+    return node.target in (torch.flatten, "flatten") and axes == (1, -1)
+
+
+def _scalable(site: SpikingSite, layer: fx.Node, flattened: bool, flat: Callable[[fx.Node], bool]) -> bool:
+    """Whether a layer can take the θ of a site into its weights."""
+    module: Any = module_of(layer)
+    if sum(other.target == layer.target for other in layer.graph.nodes) > 1 or module._forward_pre_hooks:
+        return False
+    if site.v_threshold.numel() == 1:
+        return True
+    channels = len(site.v_threshold)
+    if not isinstance(module, nn.Linear):
+        return not flattened and bool(module.in_channels == channels)
+    if flattened:
+        return bool(module.in_features % channels == 0)
+    return bool(module.in_features == channels) and flat(signal_input(layer))
+
+
+def _scale(model: fx.GraphModule, layer: fx.Node, theta: Tensor, flattened: bool) -> None:
+    """W' = W θ, for each input channel."""
+    module: Any = copy.deepcopy(module_of(layer))
+    weight = module.weight
+    if theta.numel() > 1:
+        if flattened:
+            theta = theta.repeat_interleave(module.in_features // len(theta))
+        elif isinstance(module, _TRANSPOSED):
+            theta = theta.reshape(-1, *[1] * (weight.ndim - 1))
+        elif not isinstance(module, nn.Linear):
+            groups = theta.reshape(module.groups, 1, -1).expand(-1, module.out_channels // module.groups, -1)
+            theta = groups.reshape(module.out_channels, -1, *[1] * (weight.ndim - 2))
+    scaled = weight.double() * theta.double()
+    module.weight = nn.Parameter(scaled.to(weight.dtype), requires_grad=False)
+    model.set_submodule(str(layer.target), module)
+
+
+def _faster(model: fx.GraphModule, example: Sequence[Tensor]) -> fx.GraphModule:
+    """Store weights and images in the order that takes less time."""
+    taken: dict[torch.memory_format, float] = {}
+    for order in (torch.channels_last, torch.contiguous_format):
+        model.to(memory_format=order)  # type: ignore[call-overload]
+        times = []
+        with torch.inference_mode():
+            for _ in range(_ROUNDS):
+                started = time.perf_counter()
+                model(*example)
+                times.append(time.perf_counter() - started)
+        taken[order] = min(times[1:])
+    return model.to(memory_format=min(taken, key=lambda order: taken[order]))  # type: ignore[call-overload]
+
+
 def _fold(model: fx.GraphModule, source: fx.Node, node: fx.Node, norm: Any) -> None:
     """Replace a layer and its BatchNorm by one layer; a layer called elsewhere too keeps its own weights there."""
     layer: Any = module_of(source)
@@ -168,76 +318,11 @@ def _fold(model: fx.GraphModule, source: fx.Node, node: fx.Node, norm: Any) -> N
     model.graph.erase_node(node)
 
 
-class FixedSite(Timed):
-    """The neurons of a :class:`SpikingSite` with θ, λ, μ and the start as constants, for tracing by exporters.
-
-    The equations are those of :func:`lmh.neurons.lmh_step`, bit for bit: products with 1 and sums with 0, of which
-    IF and LIF are full, are left out.
-    """
-
-    def __init__(self, time: TimeAxis, site: SpikingSite) -> None:
-        super().__init__(time)
-        self.v_start: Tensor
-        self.static = site.static
-        self.per_step = isinstance(site.neuron.granularity, PerStep)
-        theta = site.v_threshold.detach()
-        values = {name: site.coefficient(name).detach() for name in COEFFICIENTS}
-        start = site.v_init.detach() * (theta[0] if self.per_step else theta)
-        for name, value in {"v_threshold": theta, "v_start": start, **values}.items():
-            self.register_buffer(name, value.clone())
-        self.silent = not bool(start.any())
-        self.numbers = {
-            name: number
-            for name, value in values.items()
-            for number in ((1.0,) if name == "lambda_d" else (0.0, 1.0))
-            if bool((value == number).all())
-        }
-
-    def forward(self, current: Tensor) -> Tensor:
-        """Run T steps: [T·N, *F], or [N, *F] where the site is static, to θ s of shape [T·N, *F]."""
-        steps, ndim = self.time.steps, current.ndim
-        dtype = torch.float32 if current.dtype in (torch.float16, torch.bfloat16) else current.dtype
-        currents = (current,) * steps if self.static else self.unfold(current).unbind(0)
-        dendrite: Tensor | None = None
-        soma = None if self.silent else _aligned(self.v_start, ndim, dtype)
-        outputs = []
-        for t, step in enumerate(currents):
-            fixed = {name: self._fixed(name, t, ndim, dtype) for name in ("v_threshold", *COEFFICIENTS)}
-            dendrite = _sum([_product(fixed["mu_d"], dendrite), _product(fixed["mu_s"], soma), step.to(dtype)])
-            membrane = _sum([_product(fixed["lambda_s"], soma), _product(fixed["lambda_d"], dendrite)])
-            theta = fixed["v_threshold"]
-            output = (membrane >= theta).to(dtype) * theta
-            soma = membrane - output
-            outputs.append(output.to(current.dtype))
-        return torch.cat(outputs)
-
-    def _fixed(self, name: str, t: int, ndim: int, dtype: torch.dtype) -> Any:
-        """θ, λ or μ of step t, aligned with the current; the numbers 0 and 1 where they are that everywhere."""
-        if name in self.numbers:
-            return self.numbers[name]
-        value: Tensor = getattr(self, name)
-        return _aligned(value[t] if self.per_step else value, ndim, dtype)
-
-
-def _aligned(value: Tensor, ndim: int, dtype: torch.dtype) -> Tensor:
-    return value.to(dtype) if value.ndim == 0 else value.to(dtype).reshape(-1, *[1] * (ndim - 2))
-
-
-def _product(factor: Tensor | float, potential: Tensor | None) -> Tensor | None:
-    if isinstance(factor, Tensor):
-        return None if potential is None else factor * potential
-    return potential if factor else None
-
-
-def _sum(terms: Sequence[Tensor | None]) -> Tensor:
-    return functools.reduce(torch.add, [term for term in terms if term is not None])
-
-
 def deployed(network: Conversion | fx.GraphModule, input_shape: Sequence[Any] | None = None) -> fx.GraphModule:
     """Return the copy that the tracing exporters take: BatchNorm folded, coefficients constant."""
     model = fold_batchnorm(network, input_shape=input_shape)
     for path, site in sites(model).items():
-        model.set_submodule(path, FixedSite(site.time, site))
+        model.set_submodule(path, FrozenSite(site))
     return model
 
 

@@ -1,0 +1,193 @@
+"""FrozenSite: neurons that no longer learn, for inference and for export.
+
+The equations are those of :func:`lmh.neurons.lmh_step`, bit for bit: products with 1 and sums with 0, of which IF and
+LIF are full, are left out. Without gradients nothing is kept but the state, so all T steps are one pass over the
+current; it is compiled where that is worth it (lmh/kernels.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .kernels import Kernel, choose, compiles, program
+from .memory_order import Order
+from .neurons import State
+from .spiking import COEFFICIENTS, PerStep, SpikingSite
+from .time_axis import Timed
+
+NAMES = ("v_threshold", *COEFFICIENTS)
+WORTH_COMPILING = 2**17
+
+
+@dataclass(frozen=True)
+class FrozenJob:
+    """What a pass is made for.
+
+    Attributes:
+        steps: T.
+        static: the current is that of one step, taken T times.
+        per_step: the first axis of every value is T.
+        binary: the output is s, not θ s.
+        numbers: the names of the coefficients that are 0 or 1 everywhere, and which.
+        state: whether v_D[0] and v_S[0] are given; else they are 0.
+        keep: whether the last state is wanted.
+    """
+
+    steps: int
+    static: bool
+    per_step: bool
+    binary: bool
+    numbers: tuple[tuple[str, float], ...]
+    state: tuple[bool, bool]
+    keep: bool
+
+
+def frozen_pass(job: FrozenJob, form: object, currents: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Run the T steps.
+
+    Args:
+        job: what is run.
+        form: what tensors of another one would be compiled for anew; else without a meaning.
+        currents: I, [T, *S], or [*S] where static, for any shape S of the neurons.
+        tensors: of v_D[0] and v_S[0] what is given, and of θ, λ_S, λ_D, μ_S, μ_D what is no number; each broadcast
+            against S, behind a first axis of T if per step (but the state).
+
+    Returns:
+        θ s or s, the steps one behind the other along the first axis of S, in the dtype of the current; v_D[T] and
+        v_S[T] if they are kept.
+    """
+    left = iter(tensors)
+    dendrite, soma = (next(left) if given else None for given in job.state)
+    numbers = dict(job.numbers)
+    given = {name: next(left) for name in NAMES if name not in numbers}
+    dtype = given["v_threshold"].dtype
+    outputs, output, membrane = [], currents, currents
+    for t, step in enumerate((currents,) * job.steps if job.static else currents.unbind(0)):
+        now: dict[str, Tensor | float] = {
+            **numbers,
+            **{name: value[t] if job.per_step else value for name, value in given.items()},
+        }
+        theta = now["v_threshold"]
+        dendrite = _sum([_product(now["mu_d"], dendrite), _product(now["mu_s"], soma), step.to(dtype)])
+        membrane = _sum([_product(now["lambda_s"], soma), _product(now["lambda_d"], dendrite)])
+        spikes = (membrane >= theta).to(dtype)
+        output = spikes * theta
+        soma = membrane - output
+        outputs.append((spikes if job.binary else output).to(currents.dtype))
+    last = (dendrite, soma) if job.keep else ()
+    return torch.cat(outputs), *(potential for potential in last if potential is not None)
+
+
+def _product(factor: Tensor | float, potential: Tensor | None) -> Tensor | None:
+    if isinstance(factor, Tensor):
+        return None if potential is None else factor * potential
+    return potential if factor else None
+
+
+def _sum(terms: Sequence[Tensor | None]) -> Tensor:
+    return functools.reduce(torch.add, [term for term in terms if term is not None])
+
+
+class FrozenSite(SpikingSite):
+    """The neurons of a :class:`SpikingSite` with θ, λ, μ and the start as constants.
+
+    Args:
+        site: whose neurons; not changed.
+        binary: give s, 0 or 1, instead of θ s, where the next layers hold θ in their weights.
+    """
+
+    def __init__(self, site: SpikingSite, *, binary: bool = False) -> None:
+        Timed.__init__(self, site.time)
+        self.neuron, self.static, self.binary = site.neuron, site.static, binary
+        theta = site.v_threshold.detach()
+        values = {name: site.coefficient(name).detach() for name in COEFFICIENTS}
+        self.theta: Tensor
+        self.register_buffer("theta", theta.clone())
+        self.register_buffer("v_init", site.v_init.detach().clone())
+        for name, value in values.items():
+            self.register_buffer(name, value.clone())
+        self.silent = not bool(site.v_init.any())
+        self.numbers = tuple(
+            (name, number)
+            for name, value in values.items()
+            for number in ((1.0,) if name == "lambda_d" else (0.0, 1.0))
+            if bool((value == number).all())
+        )
+        self.kernel = None
+        self._carried = None
+
+    @property
+    def v_threshold(self) -> Tensor:
+        """θ, shape [] or [C] (with a first axis of T for ``PerStep()``), in the unit of the current."""
+        return self.theta
+
+    def coefficient(self, name: str) -> Tensor:
+        """Return λ_S, λ_D, μ_S or μ_D by its name, shape [], [C] or [T]."""
+        value: Tensor = getattr(self, name)
+        return value
+
+    def forward(self, current: Tensor) -> Tensor:
+        """Run the neurons over the steps of this call, as :meth:`SpikingSite.forward`, without gradients.
+
+        Args:
+            current: [T·N, *F], or [N, *F] where the site is static; in the unit of θ.
+
+        Returns:
+            θ s or s, [T·N, *F], of the current's dtype. The state is float32 for 16-bit currents.
+
+        Raises:
+            StateError: as :meth:`SpikingSite.forward`.
+        """
+        steps = self.time.steps
+        dtype = torch.float32 if current.dtype in (torch.float16, torch.bfloat16) else current.dtype
+        start, begun = self._start(current, dtype)
+        kernel = choose(current, steps=steps, training=True, worth=WORTH_COMPILING)
+        rests = self._carried is None
+        state = (not rests, not (rests and self.silent))
+        job = FrozenJob(
+            steps, self.static, self._per_step, self.binary, self.numbers, state=state, keep=self.time.carry
+        )
+        tensors = [potential for potential, given in zip(start, state, strict=True) if given]
+        values = self._values(dtype, begun, steps)._asdict()
+        tensors += [values[name] for name in NAMES if name not in dict(self.numbers)]
+        first = [0] * sum(state) + [int(self._per_step)] * (len(tensors) - sum(state))
+        if kernel is Kernel.COMPILED:
+            output, *last = self._compiled(job, current, tensors, first)
+            kernel = Kernel.COMPILED if compiles(job) else Kernel.FUSED
+        else:
+            currents = current if self.static else self.unfold(current)
+            output, *last = frozen_pass(job, None, currents, *map(partial(_aligned, ndim=current.ndim), tensors, first))
+        if not torch.compiler.is_compiling():
+            self.kernel = kernel
+        if last:
+            self._carried = State(*last), begun + steps
+        return output
+
+    @property
+    def _per_step(self) -> bool:
+        return isinstance(self.neuron.granularity, PerStep)
+
+    def _compiled(self, job: FrozenJob, current: Tensor, tensors: list[Tensor], first: list[int]) -> list[Tensor]:
+        """Run the compiled pass over rows and columns."""
+        order = Order.of(current, len(current) if self.static else len(current) // job.steps)
+        lead = () if self.static else (job.steps,)
+        flat = [
+            order.flatten(tensor) if tensor.ndim > max(1, axes + 1) else order.write_out(tensor, axes)
+            for tensor, axes in zip(tensors, first, strict=True)
+        ]
+        form = current.dtype, order.channel_a_row, order.rows == 1, order.columns == 1
+        output, *last = program(frozen_pass, job, form)(order.flatten(current, *lead), *flat)
+        return [order.restore(output, job.steps), *map(order.restore, last)]
+
+
+def _aligned(value: Tensor, first: int, *, ndim: int) -> Tensor:
+    """[] or [C] as it broadcasts against [N, C, *F], behind an axis more if ``first``; a state [N, C, *F] as it is."""
+    if value.ndim in (0, ndim):
+        return value
+    return value.reshape(*value.shape[:first], *([-1] if value.ndim > first else [1]), *[1] * (ndim - 2))
