@@ -2,7 +2,7 @@
 
 from .deploy import deploy
 from .loading import Source, load_source
-from .maxpool import MAXPOOLS, AveragePool, BeforeNeuron, Gated
+from .maxpool import MAXPOOLS, AveragePool, BeforeNeuron, Gated, WhereExact
 from .normalisation import NORMALISATIONS, TEBN, PlainBatchNorm, TdBN
 from .pipeline import Conversion, Recipe, assemble, convert
 from .prepare import prepare
@@ -27,6 +27,7 @@ __all__ = [
     "ReluSurgery",
     "Source",
     "TdBN",
+    "WhereExact",
     "as_neuron",
     "assemble",
     "convert",

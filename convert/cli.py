@@ -68,7 +68,7 @@ class Job:
     output: Path
     keep: tuple[str, ...]
     surgery: ReluSurgery | None
-    maxpool: MaxPool
+    maxpool: MaxPool | None
     normalisation: Normalisation
     readout: Average
     exports: tuple[str, ...]
@@ -102,9 +102,10 @@ class Job:
     help="Let neurons stand in for SiLU, GELU and the like, and keep gates and normalisations analog.",
 )
 @click.option(
-    "--maxpool", type=click.Choice(list(MAXPOOLS)), default="before", show_default=True,
+    "--maxpool", type=click.Choice(["auto", *MAXPOOLS]), default="auto", show_default=True,
     help="before: the maximum of the currents, in front of the neurons; gated: behind them, what passes adds up to the "
-    "maximum of the rates, at every T; average: an average pool instead, another function, to be fine-tuned.",
+    "maximum of the rates, at every T; average: an average pool instead, another function, to be fine-tuned; auto: "
+    "before where currents are constant, else gated.",
 )  # fmt: skip
 @click.option(
     "--time-norm", "normalisation", type=click.Choice(list(NORMALISATIONS)), default="plain", show_default=True,
@@ -156,7 +157,7 @@ def convert_command(
         device=device_of(device),
         output=output or default_output(source, timesteps),
         surgery=ReluSurgery() if surgery == "relu" else None,
-        maxpool=MAXPOOLS[maxpool],
+        maxpool=MAXPOOLS.get(maxpool),
         normalisation=NORMALISATIONS[normalisation],
         **options,
     )

@@ -1,4 +1,4 @@
-"""Max-pools: three ways to take a maximum of spikes, each a type with its stated exactness."""
+"""Max-pools: ways to take a maximum of spikes, each a type with its stated exactness."""
 
 from __future__ import annotations
 
@@ -55,7 +55,15 @@ class Gated:
     """
 
 
-MaxPool = BeforeNeuron | AveragePool | Gated
+@dataclass(frozen=True)
+class WhereExact:
+    """In front of the neurons where their currents are constant, as by ``BeforeNeuron``; everywhere else ``Gated``.
+
+    So a stem's pool, the widest of a network, costs nothing, and no pool adds an error that T does not remove.
+    """
+
+
+MaxPool = BeforeNeuron | AveragePool | Gated | WhereExact
 
 MAXPOOLS: Mapping[str, MaxPool] = MappingProxyType(
     {"before": BeforeNeuron(), "average": AveragePool(), "gated": Gated()}
@@ -98,7 +106,7 @@ def pool_problem(node: fx.Node, decisions: Mapping[fx.Node, Spike | Keep], maxpo
     if getattr(module_of(node), "return_indices", False) or argument(node, place, "return_indices", False):
         return f"{label(node)}: max-pool with return_indices has no spiking form. Pool without indices."
     match maxpool:
-        case Gated():
+        case Gated() | WhereExact():
             return None
         case AveragePool():
             return _average_problem(node)
@@ -155,7 +163,9 @@ def place_pools(model: fx.GraphModule, by_path: Mapping[str, Spike | Keep], maxp
     """Rewrite the max-pools of a graph whose activations are modules, and return the activations by path."""
     match maxpool:
         case BeforeNeuron():
-            return _moved(model, by_path)
+            return _moved(model, by_path, lambda pool: True)
+        case WhereExact():
+            return _moved(model, by_path, lambda pool: all(_constant(x, by_path) for x in pool_sources(pool)))
         case AveragePool():
             for pool in [node for node in model.graph.nodes if kind_of(node) is Kind.MAXPOOL]:
                 _average(model, pool)
@@ -165,7 +175,7 @@ def place_pools(model: fx.GraphModule, by_path: Mapping[str, Spike | Keep], maxp
 def gated_pools(graph: fx.Graph, maxpool: MaxPool) -> frozenset[str]:
     """Return the names of the nodes that are gated where they run in time."""
     pools = (node.name for node in graph.nodes if kind_of(node) is Kind.MAXPOOL)
-    return frozenset(pools if isinstance(maxpool, Gated) else ())
+    return frozenset(pools if isinstance(maxpool, Gated | WhereExact) else ())
 
 
 def gate_pools(model: fx.GraphModule, time: TimeAxis, pools: Iterable[fx.Node]) -> None:
@@ -218,14 +228,27 @@ def pool_notices(snn: fx.GraphModule, fates: tuple[NodeFate, ...]) -> Iterator[s
         )
 
 
-def _moved(model: fx.GraphModule, by_path: Mapping[str, Any]) -> dict[str, Any]:
-    """Put every max-pool behind a spiking activation in front of it."""
+def _constant(activation: fx.Node, by_path: Mapping[str, Any]) -> bool:
+    """Whether no other spiking activation is among the ancestors of one."""
+    pending, seen = list(activation.all_input_nodes), set()
+    while pending:
+        node = pending.pop()
+        if isinstance(by_path.get(str(node.target)), Spike):
+            return False
+        if node not in seen:
+            seen.add(node)
+            pending += node.all_input_nodes
+    return True
+
+
+def _moved(model: fx.GraphModule, by_path: Mapping[str, Any], wanted: Callable[[fx.Node], bool]) -> dict[str, Any]:
+    """Put every max-pool behind a spiking activation, if it is wanted so, in front of it."""
     result = dict(by_path)
     for pool in list(model.graph.nodes):
         if kind_of(pool) is not Kind.MAXPOOL:
             continue
         source = pool.all_input_nodes[0]
-        if not any(isinstance(result.get(str(node.target)), Spike) for node in pool_sources(pool)):
+        if not any(isinstance(result.get(str(node.target)), Spike) for node in pool_sources(pool)) or not wanted(pool):
             continue
         moved = {node: _pooled(model, pool, node, result) for node in pool_sources(pool)}
         with model.graph.inserting_before(pool):

@@ -25,7 +25,7 @@ from ..readout import READOUTS, Average, MeanReadout
 from ..records import Calibration, Prepared, Report, Spike
 from ..spiking import LMH, sites
 from ..structures import SampleShape, as_sample_shape, input_count
-from .maxpool import AveragePool, BeforeNeuron, Gated, MaxPool, pool_notices
+from .maxpool import AveragePool, BeforeNeuron, Gated, MaxPool, WhereExact, pool_notices
 from .normalisation import TEBN, Normalisation, PlainBatchNorm, TdBN, norm_notices
 from .prepare import prepare
 from .rules import ReluSurgery, Rules, StandIns, merged
@@ -127,8 +127,8 @@ def convert(
         keep: paths of nodes that stay analog, as the audit names them; one for each call of a module.
         surgery: ``ReluSurgery()`` lets neurons stand in for SiLU, GELU and the like, and keeps gates, softmax and
             normalisations analog; fine-tune afterwards. Unless given, all of them are refused.
-        maxpool: what becomes of max-pools: ``BeforeNeuron()`` unless given, ``Gated()``, or ``AveragePool()``, which
-            changes the function and wants fine-tuning.
+        maxpool: what becomes of max-pools: ``WhereExact()`` for images and ``Gated()`` for event frames unless given,
+            ``BeforeNeuron()``, or ``AveragePool()``, which changes the function and wants fine-tuning.
         normalisation: what becomes of BatchNorm behind neurons: ``PlainBatchNorm()`` unless given, ``TEBN()`` or
             ``TdBN()``; all start as the same function where the network is trained.
         readout: ``MeanReadout()`` unless given, ``DelayedReadout(steps)`` or ``WeightedReadout(weights)``: how the
@@ -152,7 +152,8 @@ def convert(
     check_timesteps(timesteps)
     encoding = DirectCoding() if encoding is None else encoding
     neuron = LMH() if neuron is None else neuron
-    maxpool = BeforeNeuron() if maxpool is None else maxpool
+    if maxpool is None:
+        maxpool = Gated() if isinstance(encoding, EventFrames) else WhereExact()
     normalisation = PlainBatchNorm() if normalisation is None else normalisation
     readout = MeanReadout() if readout is None else readout
     kept = _checked_options(neuron, encoding, keep, surgery, rules, maxpool)
@@ -208,7 +209,7 @@ def _checked_options(
     """Refuse options of a wrong type, a class in the place of a value above all; return the paths to keep."""
     check_kind("convert: neuron", neuron, LMH, "LMH(IF())", "LMH(LIF(0.5))")
     check_kind("convert: encoding", encoding, (DirectCoding, EventFrames), "DirectCoding()", "EventFrames()")
-    pools = (BeforeNeuron, AveragePool, Gated)
+    pools = (WhereExact, BeforeNeuron, AveragePool, Gated)
     check_kind("convert: maxpool", maxpool, pools, *(f"{kind.__name__}()" for kind in pools))
     if surgery is not None:
         check_kind("convert: surgery", surgery, ReluSurgery, "ReluSurgery()")

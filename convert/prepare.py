@@ -20,7 +20,7 @@ from .audit import Decisions, audit
 from .equality import same_answers
 from .inplace import make_functional
 from .labels import assign_paths
-from .maxpool import BeforeNeuron, MaxPool, gated_pools, place_pools
+from .maxpool import BeforeNeuron, MaxPool, WhereExact, gated_pools, place_pools
 from .paths import unique_path
 from .refusals import describe
 from .rules import Plan, ReluSurgery, Rules, as_neuron, merged
@@ -48,12 +48,12 @@ def prepare(
         keep: paths of nodes that stay analog, as :func:`examine` lists them. Each call of a module that is called
             several times has its own, ``relu``, ``relu_1``, …; ``relu`` keeps the first call only.
         surgery: what to do where no rule applies; None refuses.
-        maxpool: what becomes of max-pools; ``BeforeNeuron()`` unless given.
+        maxpool: what becomes of max-pools; ``WhereExact()`` unless given.
 
     Returns:
         The prepared network. Its output equals the ANN's, or with ``AveragePool()`` that of the ANN with average
         pools, which was checked on one random batch, apart from activations before a max-pool that are not monotone:
-        with ``BeforeNeuron()`` the pool moves before them, as it does for neurons.
+        with ``BeforeNeuron()`` the pool moves before them, as it does for neurons; with ``WhereExact()`` the first.
 
     Raises:
         AuditError: with every node that no rule covers.
@@ -62,7 +62,7 @@ def prepare(
     >>> prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), sample_shape=(4,)).spiking
     ['1']
     """
-    plan = Plan(merged(rules), frozenset(check_names("keep", keep)), surgery, maxpool or BeforeNeuron())
+    plan = Plan(merged(rules), frozenset(check_names("keep", keep)), surgery, maxpool or WhereExact())
     ann = bare(ann)
     model, decisions, fates, problems = _audited(ann, sample_shape, plan)
     if problems:
@@ -70,7 +70,7 @@ def prepare(
     by_path = _activations_to_modules(model, decisions)
     _dropout_to_modules(model)
     commutes = all(isinstance(model.get_submodule(path), MONOTONE) for path in _spiking(by_path))
-    before_moving = isinstance(plan.maxpool, BeforeNeuron) and not commutes
+    before_moving = isinstance(plan.maxpool, BeforeNeuron | WhereExact) and not commutes
     if before_moving:
         _finish(model)
         same_answers(ann, model, sample_shape, plan.maxpool)
@@ -98,7 +98,7 @@ def examine(
     maxpool: MaxPool | None = None,
 ) -> tuple[list[NodeFate], list[str]]:
     """The audit alone: the fate of every node, and the problems that :func:`prepare` would raise."""
-    plan = Plan(merged(rules), frozenset(check_names("keep", keep)), surgery, maxpool or BeforeNeuron())
+    plan = Plan(merged(rules), frozenset(check_names("keep", keep)), surgery, maxpool or WhereExact())
     _, _, fates, problems = _audited(bare(ann), sample_shape, plan)
     return fates, problems
 

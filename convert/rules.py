@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import ArgumentError
 from ..qcfs import QCFS
 from ..records import Keep, Spike
-from .maxpool import BeforeNeuron, MaxPool
+from .maxpool import MaxPool, WhereExact
 
 Rule = Callable[[nn.Module], Spike | Keep]
 Rules = Mapping[type[nn.Module], Rule]
@@ -163,7 +163,7 @@ class Plan:
     rules: Rules
     keep: frozenset[str] = frozenset()
     surgery: ReluSurgery | None = None
-    maxpool: MaxPool = field(default_factory=BeforeNeuron)
+    maxpool: MaxPool = field(default_factory=WhereExact)
 
 
 def merged(rules: Rules | None) -> Rules:

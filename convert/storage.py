@@ -21,7 +21,7 @@ from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, Spiki
 from ..surrogates import Arctan, Dspike, Rectangle, Sigmoid, Triangle
 from .files import check_saved
 from .loading import load_again
-from .maxpool import AveragePool, BeforeNeuron, Gated
+from .maxpool import AveragePool, BeforeNeuron, Gated, WhereExact
 from .normalisation import TEBN, PlainBatchNorm, TdBN
 from .pipeline import Conversion, Recipe, assemble
 from .prepare import prepare
@@ -48,6 +48,7 @@ _TYPES = {
         EventFrames,
         StandIns,
         BeforeNeuron,
+        WhereExact,
         AveragePool,
         Gated,
         PlainBatchNorm,

@@ -53,7 +53,8 @@ class TestExactness:
         rates = prefixes(cut, x)
         expected = F.max_pool2d(rates.flatten(0, 1), 2).unflatten(0, (32, -1))
         assert torch.allclose(prefixes(whole, x), expected, atol=1e-5)
-        before = convert(ann[:5], 32, data=x, calibration=conversion.calibration, neuron=neuron).snn
+        settings = {"calibration": conversion.calibration, "neuron": neuron, "maxpool": BeforeNeuron()}
+        before = convert(ann[:5], 32, data=x, **settings).snn
         assert not torch.allclose(before(x), expected[-1], atol=1e-2)
 
     def test_the_error_of_gated_falls_with_t_and_that_of_before_does_not(self) -> None:
@@ -204,7 +205,7 @@ class TestWhatIsRefused:
 
         ann, x = Late().eval(), torch.rand(8, 1, 6, 6)
         with pytest.raises(AuditError, match=r"a max-pool reads the spikes of .*maxpool=Gated\(\) or AveragePool\(\)"):
-            prepare(ann, (1, 6, 6))
+            prepare(ann, (1, 6, 6), maxpool=BeforeNeuron())
         conversion = convert(ann, 256, data=x, calibration=Max(), maxpool=Gated())
         assert relative(conversion.snn(x), ann(x)) < 0.02
         assert convert(ann, 4, data=x, maxpool=AveragePool()).snn(x).shape == (8, 3, 3, 3)

@@ -22,6 +22,7 @@ from lmh.convert import (
     BeforeNeuron,
     EventFrames,
     Gated,
+    WhereExact,
     convert,
     load,
     save,
@@ -35,6 +36,7 @@ from lmh.torchvision_shim import torchvision
 from maxpool_nets import converted
 
 TYPES = [BeforeNeuron(), AveragePool(), Gated()]
+NAMES = ["auto", *MAXPOOLS]
 
 
 class TestConversions:
@@ -58,8 +60,25 @@ class TestConversions:
         events = convert(ann, 4, data=[frames], maxpool=Gated(), encoding=EventFrames())
         assert any(isinstance(module, Accumulate) for module in events.snn.modules())
         assert events.report.notices == ()
-        plain = convert(ann, 4, data=[frames], encoding=EventFrames())
-        assert "currents that vary in time" in plain.report.notices[0]
+        before = convert(ann, 4, data=[frames], encoding=EventFrames(), maxpool=BeforeNeuron())
+        assert "currents that vary in time" in before.report.notices[0]
+
+    def test_the_default_moves_a_pool_of_constant_currents_and_gates_the_rest(self) -> None:
+        def block(inputs: int, outputs: int) -> list[nn.Module]:
+            return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+
+        ann = nn.Sequential(*block(1, 4), *block(4, 4), nn.Flatten(), nn.Linear(16, 3)).eval()
+        x = torch.rand(16, 1, 8, 8)
+        conversion = convert(ann, 8, data=x)
+        gated = convert(ann, 8, calibration=conversion.calibration, example_input=x, maxpool=Gated())
+        assert conversion.recipe.maxpool == WhereExact()
+        assert [str(node.target) for node in conversion.snn.graph.nodes if node.op == "call_module"][:7] == [
+            "0", "2", "1", "3", "4", "time.Accumulate", "5",
+        ]  # fmt: skip
+        assert conversion.report.notices == gated.report.notices == ()
+        assert torch.allclose(conversion.snn(x), gated.snn(x), atol=1e-5)
+        events = convert(ann, 8, data=[torch.rand(8, 4, 1, 8, 8)], encoding=EventFrames())
+        assert events.recipe.maxpool == Gated()
 
     def test_a_concat_and_an_activation_with_other_readers(self) -> None:
         class Inception(nn.Module):
@@ -179,7 +198,9 @@ class TestConversions:
         export_onnx(conversion, tmp_path / "a.onnx")
         session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
         assert torch.allclose(torch.from_numpy(session.run(None, {"input": x.numpy()})[0]), expected, atol=1e-5)
-        with pytest.raises(ArtifactError, match=r"time\.Accumulate: Accumulate has no NIR node"):
+        with pytest.raises(
+            ArtifactError, match=r"time\.Accumulate: Accumulate has no NIR node; convert with --maxpool before"
+        ):
             export_nir(conversion, tmp_path / "a.nir", Project())
 
     @pytest.mark.slow
@@ -203,18 +224,19 @@ class TestCommand:
         torch.save(nn.Sequential(*layers, nn.Flatten(), nn.Linear(36, 10)).eval(), "net.pt")
         return "net.pt"
 
-    @pytest.mark.parametrize("name", MAXPOOLS)
+    @pytest.mark.parametrize("name", NAMES)
     def test_the_name_is_the_type(self, file: str, name: str) -> None:
         result = succeed("convert", file, "-T", 4, "--maxpool", name, *self.DATA).result
         snn = load(result["output"], source=file)
-        assert snn.meta["lmh_manifest"]["recipe"]["maxpool"]["type"] == type(MAXPOOLS[name]).__name__
-        assert any(isinstance(module, Accumulate) for module in snn.modules()) == (name == "gated")
+        kind = type(MAXPOOLS.get(name, WhereExact())).__name__
+        assert snn.meta["lmh_manifest"]["recipe"]["maxpool"]["type"] == kind
+        assert any(isinstance(module, Accumulate) for module in snn.modules()) == (name in ("gated", "auto"))
         assert any(isinstance(module, nn.AvgPool2d) for module in snn.modules()) == (name == "average")
         notices = " ".join(result["notices"])
         assert ("--maxpool gated" in notices) == (name == "before")
         assert ("became average pools" in notices) == (name == "average")
 
-    @pytest.mark.parametrize("name", MAXPOOLS)
+    @pytest.mark.parametrize("name", NAMES)
     def test_a_dry_run_uses_it(self, file: str, name: str) -> None:
         found = succeed("convert", file, "-T", 4, "--maxpool", name, "--dry-run", *self.DATA).result
         fates = {node["path"]: node["fate"] for node in found["fates"]}
@@ -224,7 +246,8 @@ class TestCommand:
         layers = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 10))
         torch.save(nn.Sequential(*layers).eval(), file)
         call = ("convert", file, "-T", 4, "--dry-run", *self.DATA)
-        refused = command(*call)
+        succeed(*call)
+        refused = command(*call, "--maxpool", "before")
         assert refused.status == 1
         assert "pass --maxpool gated or average" in refused.result["problems"][0]
         for name in ("gated", "average"):
@@ -232,11 +255,16 @@ class TestCommand:
 
     def test_help_says_what_each_means(self) -> None:
         shown = " ".join(succeed("convert", "--help").out.split())
-        for part in ("[before|average|gated]", "before: the maximum of the currents", "gated: behind them", "average:"):
+        for part in (
+            "[auto|before|average|gated]",
+            "before: the maximum of the currents",
+            "gated: behind them",
+            "average:",
+        ):
             assert part in shown
         status, _, err = command("convert", "net.pt", "-T", 4, "--maxpool", "max")
         assert status == 2
-        assert "'max' is not one of 'before', 'average', 'gated'" in err
+        assert "'max' is not one of 'auto', 'before', 'average', 'gated'" in err
 
 
 @pytest.mark.slow
@@ -255,3 +283,4 @@ def test_squeezenet_needs_the_gate() -> None:
 
     assert correlation(BeforeNeuron()) < 0.3
     assert correlation(Gated()) > 0.9
+    assert correlation(WhereExact()) > 0.9

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ...gate import Accumulate, Increments
 from ...op_table import BATCHNORM_MODULES, CASTS, CONTRACTIONS, PRODUCTS, QUOTIENTS, UPSAMPLE_MODULES, Kind
 from ...ops import argument, kind_of, label, module_of
 from ...shapes import node_values
@@ -147,6 +148,10 @@ class Translation:
             Kind.MAXPOOL: self._maximum,
             Kind.READOUT: self._readout,
         }
+        if isinstance(module, Accumulate | Increments):
+            raise NoNodeError(
+                "has no NIR node; convert with --maxpool before or average (maxpool=BeforeNeuron() in Python)"
+            )
         if kind not in handlers:
             raise NoNodeError("has no NIR node")
         return handlers[kind](node)
