@@ -35,7 +35,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lmh import __version__, sites, zoo
-from lmh.convert import convert
+from lmh.convert import BeforeNeuron, convert
 from lmh.convert.export import Project, export_nir, export_onnx, export_pt2
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -128,7 +128,7 @@ def by_numpy(file: Path, x: Tensor) -> Tensor:
 @torch.no_grad()
 def examined(model: nn.Module, fitted: Tensor, x: Tensor, classes: Tensor, nir_inputs: int, file: Path) -> Line:
     """Convert a network, export it three times, and compare what the files answer."""
-    conversion = convert(model, STEPS, data=fitted)
+    conversion = convert(model, STEPS, data=fitted, maxpool=BeforeNeuron())  # NIR has no gate
     snn = conversion.snn
     expected = run(snn, x)
     accuracies = [float((outputs.argmax(1) == classes).double().mean()) for outputs in (run(model, x), expected)]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .readout import DelayedReadout, MeanReadout, WeightedReadout
     from .recomputed import recompute
     from .spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, kernels_used, sites
+    from .streaming import early_exit, exit_curve, streamed
     from .time_axis import carry_state, per_step, prefixes
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ _HOMES = {
     **dict.fromkeys(("DelayedReadout", "MeanReadout", "WeightedReadout"), "readout"),
     **dict.fromkeys(("Kernel", "use_kernel"), "kernels"),
     "recompute": "recomputed",
+    **dict.fromkeys(("early_exit", "exit_curve", "streamed"), "streaming"),
     **dict.fromkeys(("carry_state", "per_step", "prefixes"), "time_axis"),
 }
 
@@ -54,12 +56,15 @@ __all__ = [
     "SpikingSite",
     "WeightedReadout",
     "carry_state",
+    "early_exit",
     "evaluate",
+    "exit_curve",
     "kernels_used",
     "per_step",
     "prefixes",
     "recompute",
     "sites",
+    "streamed",
     "use_kernel",
 ]
 

@@ -50,6 +50,10 @@ class _Kept(Timed):
         """Forget what was kept."""
         self._carried = None
 
+    def keep_samples(self, which: Tensor) -> None:
+        """Keep what was kept of the samples where ``which``, [N], is True."""
+        self._carried = None if self._carried is None else self._carried[which]
+
 
 class Accumulate(_Kept):
     """Before a gated max-pool: A[t] = A[t−1] + x[t] at every step, [T·N, *F].

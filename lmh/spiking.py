@@ -233,6 +233,12 @@ class SpikingSite(Timed):
         """Forget the carried state."""
         self._carried = None
 
+    def keep_samples(self, which: Tensor) -> None:
+        """Keep the carried state of the samples where ``which``, [N], is True."""
+        if self._carried is not None:
+            state, begun = self._carried
+            self._carried = State(*(potential[which] for potential in state)), begun
+
     def extra_repr(self) -> str:
         """Return θ's mean, the preset and T, for the module's repr."""
         theta = float(self.v_threshold.detach().mean()) if self.base_threshold.device.type != "meta" else float("nan")

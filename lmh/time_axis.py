@@ -75,6 +75,9 @@ class Timed(nn.Module):
     def drop_state(self) -> None:
         """Forget what was kept for the next call; only sites and gates keep anything."""
 
+    def keep_samples(self, which: Tensor) -> None:
+        """Of what was kept for the next call, keep the samples where ``which``, [N], is True."""
+
 
 class Border(Timed, ABC):
     """Stands between regions. A tuple, such as ``chunk`` gives, crosses part by part."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import nets
 from lmh import LIF, LMH, QCFS, PerChannel, PerLayer, PerStep, evaluate, sites, zoo
 from lmh.calibrate import Max, automatic, calibrate
-from lmh.convert import as_neuron, assemble, convert, keep, prepare
+from lmh.convert import BeforeNeuron, as_neuron, assemble, convert, keep, prepare
 from lmh.errors import ArgumentError, AuditError, CalibrationError
 from lmh.records import Calibration
 
@@ -281,7 +281,7 @@ class TestMaxPool:
                 return F.max_pool2d(F.relu(x) + F.relu(-x), 2)
 
         with pytest.raises(AuditError, match="max_pool2d: a max-pool reads the spikes of relu"):
-            prepare(Late(), (1, 4, 4))
+            prepare(Late(), (1, 4, 4), maxpool=BeforeNeuron())
 
 
 class TestQCFS:

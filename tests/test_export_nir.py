@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import nets
 from lmh import IF, LIF, LMH, PerChannel, PerStep, Ranges, evaluate, sites, zoo
 from lmh.calibrate import Max
-from lmh.convert import Conversion, EventFrames, convert
+from lmh.convert import BeforeNeuron, Conversion, EventFrames, convert
 from lmh.convert.export import Exact, Project, ZeroStart, export_nir
 from lmh.convert.export.nir_neurons import (
     ALTERNATION,
@@ -139,7 +139,8 @@ def test_start_and_residual_can_be_dropped_for_platforms_without_them(tmp_path: 
 def test_event_frames_are_fed_one_by_one(tmp_path: Path) -> None:
     frames = torch.randn(4, 64, *SHAPE)
     ann = residual_conversion().prepared.model
-    conversion = convert(ann, 4, data=[frames], calibration=Max(), encoding=EventFrames())
+    settings = {"calibration": Max(), "encoding": EventFrames(), "maxpool": BeforeNeuron()}
+    conversion = convert(ann, 4, data=[frames], **settings)
     result = export_nir(conversion, tmp_path / "net.nir", Project())
     assert "feed frame t at each step" in result.notices[0]
     expected = projected(conversion)(frames.double())

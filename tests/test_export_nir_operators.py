@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmh.calibrate import Max
-from lmh.convert import convert, keep
+from lmh.convert import BeforeNeuron, convert, keep
 from lmh.convert.export import Exact, Project, export_nir
 from lmh.convert.export.nir_graph import MAXPOOL_LOSS
 from lmh.errors import ArtifactError
@@ -266,7 +266,7 @@ def test_the_executor_equals_torch(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     torch.manual_seed(0)
     x = torch.randn(100, *case.shape)
-    conversion = convert(settled(case.net(), x), 3, data=x, calibration=Max(PerLayer()))
+    conversion = convert(settled(case.net(), x), 3, data=x, calibration=Max(PerLayer()), maxpool=BeforeNeuron())
     result = export_nir(conversion, tmp_path / "net.nir", Project())
     expected = projected(conversion)(x.double())
     assert float(expected.detach().std(0).mean()) > 1e-2
@@ -281,9 +281,8 @@ def test_the_executor_equals_torch(name: str, tmp_path: Path) -> None:
 def test_a_lost_channel_order_would_show(tmp_path: Path) -> None:
     """A wrong twin: without the shuffle the same weights answer differently."""
     case = CASES["channel shuffle"]
-    x = torch.randn(100, *case.shape)
-    net = settled(case.net(), x)
-    conversion = convert(net, 3, data=x, calibration=Max(PerLayer()))
+    net = settled(case.net(), x := torch.randn(100, *case.shape))
+    conversion = convert(net, 3, data=x, calibration=Max(PerLayer()), maxpool=BeforeNeuron())
     result = export_nir(conversion, tmp_path / "net.nir", Project())
     with torch.no_grad():
         conversion.snn.get_submodule("c").weight.copy_(net.get_submodule("c").weight.flip(1))
@@ -292,7 +291,8 @@ def test_a_lost_channel_order_would_show(tmp_path: Path) -> None:
 
 
 def refusal(net: nn.Module, shape: Sequence[int], tmp_path: Path, **options: object) -> str:
-    conversion = convert(net.eval(), 2, data=torch.randn(4, *shape), calibration=Max(PerLayer()), **options)  # type: ignore[arg-type]
+    options = {"calibration": Max(PerLayer()), "maxpool": BeforeNeuron(), **options}
+    conversion = convert(net.eval(), 2, data=torch.randn(4, *shape), **options)  # type: ignore[arg-type]
     with pytest.raises(ArtifactError) as caught:
         export_nir(conversion, tmp_path / "net.nir", Project())
     assert list(tmp_path.iterdir()) == []
@@ -391,7 +391,7 @@ def test_exact_lists_operators_beside_neurons(tmp_path: Path) -> None:
     net = nn.Sequential(
         conv(2, 4), nn.ReLU(), nn.MaxPool2d(2), nn.ConvTranspose2d(4, 4, 2), nn.ReLU(), *head(4), nn.Softmax(1)
     )
-    conversion = convert(net.eval(), 2, data=torch.randn(4, 2, 8, 8), calibration=Max())
+    conversion = convert(net.eval(), 2, data=torch.randn(4, 2, 8, 8), calibration=Max(), maxpool=BeforeNeuron())
     with pytest.raises(ArtifactError) as caught:
         export_nir(conversion, tmp_path / "net.nir", Exact())
     text = str(caught.value)

@@ -15,7 +15,7 @@ import nets
 from lmh import sites, zoo
 from lmh.calibrate import BatchNormStatistics, Max, Percentile, calibrate
 from lmh.calibrate.statistics import predicted_histograms
-from lmh.convert import ReluSurgery, convert, keep, load, prepare, save
+from lmh.convert import BeforeNeuron, ReluSurgery, convert, keep, load, prepare, save
 from lmh.errors import ArtifactError, AuditError
 from lmh.finetune import finetune
 from lmh.qcfs import QCFS
@@ -106,7 +106,7 @@ def test_a_concat_read_by_a_pool_and_a_layer_gets_sites_for_both() -> None:
 
 def test_max_pools_on_varying_currents_are_named() -> None:
     ann = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
-    notices = convert(ann, 4, data=torch.rand(8, 1, 4, 4)).report.notices
+    notices = convert(ann, 4, data=torch.rand(8, 1, 4, 4), maxpool=BeforeNeuron()).report.notices
     assert any("1 max-pools take the maximum of currents that vary in time" in notice for notice in notices)
     quiet = convert(nets.conv_net(), 4, data=torch.rand(8, 2, 8, 8)).report.notices
     assert quiet == ()

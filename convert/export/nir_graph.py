@@ -148,12 +148,9 @@ class Translation:
             Kind.MAXPOOL: self._maximum,
             Kind.READOUT: self._readout,
         }
-        if isinstance(module, Accumulate | Increments):
-            raise NoNodeError(
-                "has no NIR node; convert with --maxpool before or average (maxpool=BeforeNeuron() in Python)"
-            )
         if kind not in handlers:
-            raise NoNodeError("has no NIR node")
+            gate = isinstance(module, Accumulate | Increments)
+            raise NoNodeError("has no NIR node" + ("; convert with --maxpool before, in Python BeforeNeuron()" * gate))
         return handlers[kind](node)
 
     def _is_signal(self, value: Any) -> bool:

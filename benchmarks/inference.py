@@ -1,0 +1,164 @@
+"""A deployed spiking network beside its ANN, and beside the same network in SpikingJelly.
+
+    python benchmarks/inference.py
+    python benchmarks/inference.py --network resnet50 --timesteps 4 --profile
+
+torchvision's ResNet-18 (8×3×32×32) and ResNet-50 (2×3×224×224) at random weights, IF neurons, thresholds by MinError
+from the same images, fp32, no gradients. The ANN's BatchNorm is folded, and its time is that of the faster order in
+memory. The spiking network is ``deploy(conversion, example=images)``. The peer is the graph that was converted, with
+BatchNorm folded and SpikingJelly's multi-step IF nodes in the place of the activations, the same thresholds and starts
+(pip install spikingjelly==2.0.0; else it is left out). What both answer is compared. All sides run in turn; a figure is
+the median over the rounds, a ratio the median of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+import torch.fx.experimental.optimization
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from lmh import __version__, sites
+from lmh.convert import Conversion, convert, deploy, prepare
+from lmh.pages import keep_freed_memory
+from lmh.torchvision_shim import torchvision
+
+IMAGES = {"resnet18": (8, 3, 32, 32), "resnet50": (2, 3, 224, 224)}
+TIMESTEPS = {"resnet18": (4,), "resnet50": (4, 8)}
+PEER = "spikingjelly"
+Work = Callable[[], Tensor]
+
+
+def folded_ann(name: str) -> nn.Module:
+    """A network with its BatchNorm folded."""
+    torch.manual_seed(0)
+    return torch.fx.experimental.optimization.fuse(getattr(torchvision().models, name)(weights=None).eval())
+
+
+class PeerSite(nn.Module):
+    """SpikingJelly's neurons in the place of an activation: [T·N, *F], θ and the start as ours."""
+
+    def __init__(self, v_threshold: Tensor, v_init: Tensor, timesteps: int) -> None:
+        super().__init__()
+        from spikingjelly.activation_based import neuron
+
+        self.timesteps = timesteps
+        self.theta: Tensor
+        self.register_buffer("theta", v_threshold.detach().clone())
+        self.start = v_init.detach().clone()
+        self.node = neuron.IFNode(v_threshold=1.0, v_reset=None, step_mode="m")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return θ s."""
+        theta = self.theta.reshape(-1, *[1] * (x.ndim - 2))
+        current = (x / theta).unflatten(0, (self.timesteps, -1))
+        self.node.reset()
+        self.node.v = self.start.reshape(-1, *[1] * (x.ndim - 2)).expand_as(current[0]).clone()
+        return self.node(current).flatten(0, 1) * theta
+
+
+def peer_of(ann: nn.Module, conversion: Conversion, timesteps: int, images: Tensor) -> Work:
+    """The same network in SpikingJelly."""
+    prepared = prepare(ann, tuple(images.shape[1:]))
+    network = copy.deepcopy(prepared.model)
+    for path, site in sites(conversion.snn).items():
+        network.set_submodule(path, PeerSite(site.v_threshold, site.v_init, timesteps))
+    network.eval()
+    return lambda: network(images.repeat(timesteps, 1, 1, 1)).unflatten(0, (timesteps, -1)).mean(0)
+
+
+def measured(sides: dict[str, Work], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each side, round after round, after two rounds that do not count."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    with torch.inference_mode():
+        for turn in range(rounds + 2):
+            for name, work in sides.items():
+                started = time.perf_counter()
+                work()
+                if turn > 1:
+                    taken[name].append(1000 * (time.perf_counter() - started))
+    return taken
+
+
+def convolution_share(work: Work) -> float:
+    """The part of the time that convolutions and matrix products take."""
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(3):
+            work()
+    times = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+    return sum(taken for name, taken in times.items() if "conv" in name or "addmm" in name) / sum(times.values())
+
+
+def row(name: str, timesteps: int, images: Tensor, rounds: int, with_profile: bool) -> dict[str, Any]:
+    """Everything measured of one network at one T."""
+    ann = folded_ann(name)
+    last = copy.deepcopy(ann).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    conversion = convert(ann, timesteps, data=images)
+    snn = deploy(conversion, example=images)
+    images_last = images.contiguous(memory_format=torch.channels_last)
+    sides: dict[str, Work] = {
+        "ANN": lambda: ann(images), "ANN, channels last": lambda: last(images_last), "deployed": lambda: snn(images)
+    }  # fmt: skip
+    found: dict[str, Any] = {"network": name, "timesteps": timesteps}
+    if importlib.util.find_spec(PEER):
+        sides["peer"] = peer_of(ann, conversion, timesteps, images)
+        with torch.inference_mode():
+            ours, theirs = snn(images), sides["peer"]()
+        found["peer_difference"] = round(float((ours - theirs).norm() / ours.norm()), 6)
+    taken = measured(sides, rounds)
+    base = min(("ANN", "ANN, channels last"), key=lambda side: statistics.median(taken[side]))
+    for side, times in taken.items():
+        ratio = statistics.median(a / b for a, b in zip(times, taken[base], strict=True))
+        found[side] = {"ms": round(statistics.median(times), 2), "ratio": round(ratio, 3)}
+        print(f"{name:10} T = {timesteps:<4}{side:20}{found[side]['ms']:10.1f} ms{ratio:8.2f} ×")
+    if with_profile:
+        found["convolutions"] = round(convolution_share(sides["deployed"]), 3)
+        print(
+            f"{name:10} T = {timesteps:<4}convolutions and products: {found['convolutions']:.1%} of the deployed time"
+        )
+    return found
+
+
+@click.command()
+@click.option("--network", "names", multiple=True, type=click.Choice(list(IMAGES)), help="Both unless given.")
+@click.option("--timesteps", "wanted", multiple=True, type=click.IntRange(1), help="4, and 8 for ResNet-50.")
+@click.option("--rounds", default=15, show_default=True)
+@click.option("--threads", default=2, show_default=True)
+@click.option("--profile", "with_profile", is_flag=True, help="Say also how much of the time convolutions take.")
+@click.option("--quick", is_flag=True, help="ResNet-18, two rounds: no figures to quote.")
+def main(
+    names: tuple[str, ...], wanted: tuple[int, ...], rounds: int, threads: int, with_profile: bool, quick: bool
+) -> None:
+    """Measure every network and T."""
+    if quick:
+        names, rounds = names or ("resnet18",), 2
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    peer = f"{PEER} {importlib.metadata.version(PEER)}" if importlib.util.find_spec(PEER) else f"{PEER} not installed"
+    print(f"seed 0, fp32, {rounds} rounds, {threads} threads, lmh {__version__}, torch {torch.__version__}, {peer}, "
+          f"{platform.machine()}")  # fmt: skip
+    figures: dict[str, Any] = {}
+    rows = []
+    for name in names or IMAGES:
+        images = torch.randn(IMAGES[name], generator=torch.Generator().manual_seed(0))
+        for timesteps in wanted or TIMESTEPS[name]:
+            found = row(name, timesteps, images, rounds, with_profile)
+            rows.append(found)
+            figures[f"{name}_t{timesteps}"] = found["deployed"]["ratio"]
+            figures[f"peer_{name}_t{timesteps}"] = found["peer"]["ratio"] if "peer" in found else None
+    print(json.dumps({**figures, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
