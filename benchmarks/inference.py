@@ -7,8 +7,8 @@ torchvision's ResNet-18 (8×3×32×32) and ResNet-50 (2×3×224×224) at random 
 from the same images, fp32, no gradients. The ANN's BatchNorm is folded, and its time is that of the faster order in
 memory. The spiking network is ``deploy(conversion, example=images)``. The peer is the graph that was converted, with
 BatchNorm folded and SpikingJelly's multi-step IF nodes in the place of the activations, the same thresholds and starts
-(pip install spikingjelly==2.0.0; else it is left out). What both answer is compared. All sides run in turn; a figure is
-the median over the rounds, a ratio the median of the ratios within a round.
+(pip install --no-deps spikingjelly==2.0.0 loguru SciencePlots; else it is left out). What both answer is compared. All
+sides run in turn; a figure is the median over the rounds, a ratio the median of the ratios within a round.
 """
 
 from __future__ import annotations

@@ -60,6 +60,13 @@ def test_the_python_block_on_fine_tuning_runs(tmp_path: Path, monkeypatch: pytes
     assert Path("run.jsonl").exists()
 
 
+def test_the_python_block_on_inference_runs() -> None:
+    [block] = blocks("python", (ROOT / "docs" / "inference.md").read_text())
+    names: dict[str, object] = {}
+    exec(compile(block, "inference.md", "exec"), names)
+    assert names["answers"].argmax(1).eq(names["labels"]).double().mean() > 0.97  # type: ignore[attr-defined]
+
+
 def test_every_option_of_the_commands_on_fine_tuning_exists() -> None:
     joined = [block.replace("\\\n", " ") for block in blocks("console", FINETUNING)]
     found = [words for block in joined for words in commands(block)]
