@@ -1,8 +1,8 @@
 """Lockstep: an ANN and its spiking network side by side over all batches, one node at a time.
 
 Corrections walk a network from input to output. What a node reads is then already what the corrected network
-gives, and one pass over the data serves all layers. Memory holds what the live nodes give for all samples and
-steps; temporaries are those of one batch.
+gives, and one pass over the data serves all layers. What the live nodes give for all samples and steps is held in
+memory, and in files where that is more than 2 GiB (calibrate/shelf.py); temporaries are those of one batch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..spiking import sites
 from ..structures import input_count
 from ..time_axis import takes_events, time_axis
 from .blocks import of_the_input
+from .shelf import Shelf
 
 BATCH = 128
 
@@ -51,6 +52,7 @@ class Lockstep:
         events = takes_events(snn)
         self.sizes = [batch[0].shape[1 if events else 0] for batch in batches]
         frames = [tuple(x.flatten(0, 1) for x in batch) if events else batch for batch in batches]
+        self._shelf = Shelf()
         self._anns = [_started(prepared.model, batch) for batch in frames]
         self._snns = [_started(snn, batch) for batch in batches]
 
@@ -67,13 +69,17 @@ class Lockstep:
             while twin is not None and twin not in done:
                 done.add(current := next(ahead))
                 for interpreter in self._anns:
-                    interpreter.env[current] = interpreter.run_node(current)
+                    self._run(interpreter, current)
             yield node
             for interpreter in self._snns:
-                interpreter.env[node] = interpreter.run_node(node)
+                self._run(interpreter, node)
                 _forget(interpreter, node)
             for interpreter in self._anns:
                 _forget(interpreter, twin)
+
+    def _run(self, interpreter: fx.Interpreter, node: fx.Node) -> None:
+        value = interpreter.run_node(node)
+        interpreter.env[node] = value if node.op in ("placeholder", "get_attr") else self._shelf.keep(value)
 
     def per_step(self, node: fx.Node) -> list[Tensor]:
         """Return what a node of the spiking network gives at every step, [T, N, *F] for each batch.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 
 import nets
 from lmh import per_step, sites
+from lmh.calibrate import SpikingMinError, WeightRegression, correct, shelf
 from lmh.calibrate.layers import layers, shift
 from lmh.calibrate.lockstep import Lockstep, input_batches
 from lmh.calibrate.sampling import places, receptive_fields, values_at
+from lmh.calibrate.shelf import Shelf
 from lmh.convert import EventFrames, convert
 from lmh.errors import ArgumentError, CalibrationError
 from lmh.ops import module_of
@@ -269,3 +273,48 @@ class TestSamples:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         assert [tuple(chosen.shape) for chosen in first] == [(3, 8), (2, 8)]
         assert all(len(set(row.tolist())) == 8 for chosen in first for row in chosen)
+
+
+def test_what_memory_does_not_hold_lies_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(40, 2, 6, 6)
+    conversion = convert(Block(), 4, data=x)
+    monkeypatch.setattr(shelf, "WORTH_A_FILE", 1)
+    monkeypatch.setattr(Shelf.__init__, "__defaults__", (0,))
+    filed = []
+    in_a_file = shelf._in_a_file
+    monkeypatch.setattr(shelf, "_in_a_file", lambda tensor: filed.append(tensor.shape) or in_a_file(tensor))
+    corrections = [WeightRegression(), SpikingMinError()]
+    found = correct(conversion.snn, conversion.prepared, x, corrections)
+    assert len(filed) > 20
+    monkeypatch.undo()
+    expected = correct(conversion.snn, conversion.prepared, x, corrections)
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(found.tensors[name], value) for name, value in expected.tensors.items())
+    assert all(torch.equal(found.v_threshold[path], value) for path, value in expected.v_threshold.items())
+
+
+def test_a_shelf_counts_what_it_holds_and_keeps_the_order_in_memory() -> None:
+    holder = Shelf(3 * 2**20)
+    one, two = torch.rand(2**18), torch.rand(2, 8, 256, 256).contiguous(memory_format=torch.channels_last)
+    assert holder.keep(one) is one
+    assert holder.held == 2**20
+    filed = holder.keep(two)
+    assert filed is not two
+    assert torch.equal(filed, two)
+    assert filed.stride() == two.stride()
+    assert torch.equal(holder.keep(two[:, ::2]), two[:, ::2])
+    assert holder.keep((one[:5], 3))[1] == 3
+    del one
+    assert holder.held == 0
+
+
+def test_a_full_disk_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        CalibrationError, match=r"1 MB of activations .* \(No space left.*TMPDIR.*--calibration-samples"
+    ):
+        Shelf(0).keep(torch.rand(2**18))
