@@ -4,10 +4,10 @@
     FUSED      one autograd function over all steps, which keeps only its input current (lmh/fused.py)
     COMPILED   the same function, its forward and its backward pass each compiled by torch.compile
 
-Without gradients the neurons run by EAGER. With gradients, and in a deployed network (lmh/frozen.py), they run by COMPILED
-where the current is large enough and a compiler exists, else by FUSED; trained ones from :data:`WORTH_COMPILING` values
-on. Nothing else counts, so a run that is resumed chooses as before. Where torch.compile, torch.export or torch.jit trace
-a network they see EAGER.
+Without gradients the neurons run by EAGER. With gradients, and in a deployed network (lmh/frozen.py), they run by
+COMPILED where the current is large enough and a compiler exists, else by FUSED; trained ones from
+:data:`WORTH_COMPILING` values on. Nothing else counts, so a run that is resumed chooses as before. Where torch.compile,
+torch.export or torch.jit trace a network they see EAGER.
 
 A compilation takes 5 to 30 s and is worth about 2 µs for every 1,000 values of current that are trained through. A
 network needs a few, as sizes are no part of a program; torch keeps them on disk for the next process.
