@@ -32,7 +32,7 @@ class Shelf:
     def keep(self, value: Any) -> Any:
         """Return ``value``, or the same with tensors whose data lie in files. What is no longer used is freed.
 
-        Tensors on other devices than the CPU and small ones stay where they are.
+        Tensors on other devices than the CPU, expanded and small ones stay where they are.
 
         Raises:
             CalibrationError: if the disk is full.
@@ -40,8 +40,8 @@ class Shelf:
         return pytree.tree_map_only(Tensor, self._kept, value)
 
     def _kept(self, tensor: Tensor) -> Tensor:
-        size = tensor.untyped_storage().nbytes() if 0 in tensor.stride() else tensor.numel() * tensor.element_size()
-        if tensor.device.type != "cpu" or size < WORTH_A_FILE:
+        size = tensor.numel() * tensor.element_size()
+        if tensor.device.type != "cpu" or 0 in tensor.stride() or size < WORTH_A_FILE:
             return tensor
         if self.held + size > self.limit:
             return _in_a_file(tensor)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import AuditError
+from ..eval_mode import in_eval_mode
 from ..ops import label
 from ..shapes import BATCHES
 from ..structures import batched, leaves_of
@@ -36,7 +37,7 @@ def same_answers(ann: nn.Module, model: fx.GraphModule, sample_shape: Sequence[A
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=generator).to(parameter) for shape in batched(sample_shape, many)]
     first = [x[:few] for x in inputs]
-    with torch.no_grad(), _in_eval_mode(ann), answering_as(maxpool):
+    with torch.no_grad(), _as_written(ann), answering_as(maxpool):
         expected = _answers(ann, first)
         worst = _differences(_answers(model, inputs), expected)
         if _agree(worst):
@@ -54,17 +55,11 @@ def same_answers(ann: nn.Module, model: fx.GraphModule, sample_shape: Sequence[A
 
 
 @contextmanager
-def _in_eval_mode(ann: nn.Module) -> Iterator[None]:
+def _as_written(ann: nn.Module) -> Iterator[None]:
     """Run ``ann`` in eval mode, and as written where parts of it are compiled."""
-    before = {module: module.training for module in ann.modules()}
-    try:
-        ann.eval()
-        compiled = "torch._dynamo" in sys.modules
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            yield
-    finally:
-        for module, training in before.items():
-            module.training = training
+    compiled = "torch._dynamo" in sys.modules
+    with in_eval_mode(ann), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        yield
 
 
 def _answers(network: nn.Module, inputs: Sequence[Tensor]) -> list[Any]:

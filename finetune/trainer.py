@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_kind, check_network
 from ..errors import ArgumentError, TrainingError
+from ..eval_mode import in_eval_mode
 from ..records import plain_value
 from ..structures import only_tensor
 from .batch_norm import check_batch_norm, set_modes, synchronised
@@ -166,13 +167,10 @@ def as_teacher(teacher: nn.Module | None, device: torch.device) -> Iterator[None
         yield
         return
     home = next((parameter.device for parameter in teacher.parameters()), device)
-    modes = [(module, module.training) for module in teacher.modules()]
     try:
-        teacher.to(device).eval()
-        yield
+        with in_eval_mode(teacher.to(device)):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         teacher.to(home)
 
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from .arguments import check_batches, check_labels, check_network, split_batch
 from .energy import analog_macs, binary_nodes, dense_macs, fan_out, tail_nodes
 from .errors import ArgumentError, DataError
+from .eval_mode import in_eval_mode
 from .op_table import Kind
 from .ops import kind_of, label, module_of, signal_input
 from .records import Evaluation, LayerWork
@@ -65,27 +66,21 @@ def evaluate(
         split_batch("evaluate: data", data, inputs)
         data = list(data.split(128, dim=1 if events else 0))
     check_batches("evaluate: data", data)
-    modes = [(module, module.training) for model in (snn, ann) if model is not None for module in model.modules()]
     score, counter = _Score(time.timesteps), _Counter(snn, time.timesteps, events)
     like = next(snn.parameters())
-    try:
-        snn.eval()
-        with torch.no_grad(), call(time, Readout.PREFIXES, None):
-            for batch in data:
-                given, y = split_batch("evaluate: data", batch, inputs)
-                count = given[0].shape[1 if events else 0]
-                if y is not None:
-                    y = check_labels("evaluate: data", y, count).to(like.device)
-                if not all(torch.isfinite(x).all() for x in given):
-                    raise DataError("the data holds NaN or infinite values; expected finite ones. Check the images.")
-                given = tuple(x.to(like) for x in given)
-                outputs = only_tensor(counter.count(given, count), "evaluate")
-                score.add(outputs, y, None if ann is None else _ann_outputs(ann.eval(), given, events))
-                if on_batch is not None:
-                    on_batch(score.samples)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with in_eval_mode(snn, ann), torch.no_grad(), call(time, Readout.PREFIXES, None):
+        for batch in data:
+            given, y = split_batch("evaluate: data", batch, inputs)
+            count = given[0].shape[1 if events else 0]
+            if y is not None:
+                y = check_labels("evaluate: data", y, count).to(like.device)
+            if not all(torch.isfinite(x).all() for x in given):
+                raise DataError("the data holds NaN or infinite values; expected finite ones. Check the images.")
+            given = tuple(x.to(like) for x in given)
+            outputs = only_tensor(counter.count(given, count), "evaluate")
+            score.add(outputs, y, None if ann is None else _ann_outputs(ann, given, events))
+            if on_batch is not None:
+                on_batch(score.samples)
     if score.samples == 0:
         raise DataError("evaluate: the data gave no batch; expected at least one sample. Check the data set.")
     return score.result(counter)

@@ -67,7 +67,7 @@ def frozen_pass(job: FrozenJob, form: object, currents: Tensor, *tensors: Tensor
     numbers = dict(job.numbers)
     given = {name: next(left) for name in NAMES if name not in numbers}
     dtype = given["v_threshold"].dtype
-    outputs, output, membrane = [], currents, currents
+    outputs = []
     for t, step in enumerate((currents,) * job.steps if job.static else currents.unbind(0)):
         now: dict[str, Tensor | float] = {
             **numbers,
@@ -166,7 +166,7 @@ class FrozenSite(SpikingSite):
         if not torch.compiler.is_compiling():
             self.kernel = kernel
         if last:
-            self._carried = State(*last), begun + steps
+            self._carried = State(*(potential.detach() for potential in last)), begun + steps
         return output
 
     @property

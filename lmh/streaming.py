@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .arguments import check_labels, split_batch
 from .errors import ArgumentError, DataError
+from .eval_mode import in_eval_mode
 from .readout import MeanReadout
 from .structures import input_count, only_tensor
 from .time_axis import TimeAxis, Timed, carry_state, per_step, prefixes, takes_events, time_axis
@@ -176,18 +177,8 @@ def exit_curve(snn: nn.Module, data: Iterable[Any], confidences: Sequence[float]
 @contextmanager
 def _answering(snn: nn.Module, *, carry: bool = True) -> Iterator[None]:
     """In eval mode and without gradients, from chunk to chunk; every module is as before afterwards."""
-    modes = [(module, module.training) for module in snn.modules()]
-    try:
-        with torch.inference_mode():
-            snn.eval()
-            if carry:
-                with carry_state(snn):
-                    yield
-            else:
-                yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with in_eval_mode(snn), torch.inference_mode(), carry_state(snn) if carry else nullcontext():
+        yield
 
 
 def _steps(snn: nn.Module, inputs: Sequence[Tensor], first: int, steps: int) -> Tensor:
