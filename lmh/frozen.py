@@ -18,7 +18,7 @@ from torch import Tensor
 from .kernels import Kernel, choose, compiles, program
 from .memory_order import Order
 from .neurons import State
-from .spiking import COEFFICIENTS, PerStep, SpikingSite
+from .spiking import COEFFICIENTS, PerStep, SpikingSite, state_dtype
 from .time_axis import Timed
 
 NAMES = ("v_threshold", *COEFFICIENTS)
@@ -145,7 +145,7 @@ class FrozenSite(SpikingSite):
             StateError: as :meth:`SpikingSite.forward`.
         """
         steps = self.time.steps
-        dtype = torch.float32 if current.dtype in (torch.float16, torch.bfloat16) else current.dtype
+        dtype = state_dtype(current)
         start, begun = self._start(current, dtype)
         kernel = choose(current, steps=steps, training=True, worth=WORTH_COMPILING)
         rests = self._carried is None

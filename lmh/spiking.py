@@ -100,6 +100,15 @@ def bounded(raw: Tensor, preset: float, low: float, high: float) -> Tensor:
     return preset + reach * torch.tanh(raw / reach)
 
 
+def state_dtype(current: Tensor) -> torch.dtype:
+    """Return the dtype of the potentials for a current: its own, float32 where that has 16 bits.
+
+    >>> state_dtype(torch.zeros(1, dtype=torch.bfloat16))
+    torch.float32
+    """
+    return torch.float32 if current.dtype in (torch.float16, torch.bfloat16) else current.dtype
+
+
 class SpikingSite(Timed):
     """LM-H neurons in the place of one activation.
 
@@ -188,7 +197,7 @@ class SpikingSite(Timed):
             StateError: if the carried state is of another shape, or per-step parameters end before t.
         """
         steps = self.time.steps
-        dtype = torch.float32 if current.dtype in (torch.float16, torch.bfloat16) else current.dtype
+        dtype = state_dtype(current)
         state, begun = self._start(current, dtype)
         values = self._values(dtype, begun, steps)
         tensors = (current, *state, *values)
