@@ -90,7 +90,7 @@ def bare_path(path: str) -> str:
 
 def _site_values(site: SpikingSite) -> dict[str, tuple[float, ...]]:
     per_step = isinstance(site.neuron.granularity, PerStep)
-    values = {name: site.coefficient(name) for name in COEFFICIENTS}
+    values = dict(zip(COEFFICIENTS, site.coefficients(), strict=True))
     return {
         "v_threshold": _means(site.v_threshold, per_step),
         "v_init": _means(site.v_init, per_step=False),

@@ -106,7 +106,7 @@ class FrozenSite(SpikingSite):
         Timed.__init__(self, site.time)
         self.neuron, self.static, self.binary = site.neuron, site.static, binary
         theta = site.v_threshold.detach()
-        values = {name: site.coefficient(name).detach() for name in COEFFICIENTS}
+        values = {name: value.detach() for name, value in zip(COEFFICIENTS, site.coefficients(), strict=True)}
         self.theta: Tensor
         self.register_buffer("theta", theta.clone())
         self.register_buffer("v_init", site.v_init.detach().clone())
@@ -127,10 +127,9 @@ class FrozenSite(SpikingSite):
         """θ, shape [] or [C] (with a first axis of T for ``PerStep()``), in the unit of the current."""
         return self.theta
 
-    def coefficient(self, name: str) -> Tensor:
-        """Return λ_S, λ_D, μ_S or μ_D by its name, shape [], [C] or [T]."""
-        value: Tensor = getattr(self, name)
-        return value
+    def coefficients(self) -> tuple[Tensor, ...]:
+        """Return λ_S, λ_D, μ_S and μ_D, each of shape [], [C] or [T]."""
+        return tuple(getattr(self, name) for name in COEFFICIENTS)
 
     def forward(self, current: Tensor) -> Tensor:
         """Run the neurons over the steps of this call, as :meth:`SpikingSite.forward`, without gradients.

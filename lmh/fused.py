@@ -51,9 +51,10 @@ class Job:
         """I of step t."""
         return currents if self.static else currents[t]
 
-    def coefficients(self, values: Sequence[Tensor], t: int) -> Coefficients:
+    def coefficients(self, v_threshold: Tensor, membrane: Tensor, t: int) -> Coefficients:
         """θ, λ and μ of step t."""
-        return Coefficients(*(value[t] if self.per_step else value for value in values))
+        theta, membrane = (v_threshold[t], membrane[:, t]) if self.per_step else (v_threshold, membrane)
+        return Coefficients(theta, *membrane.unbind())
 
 
 class Extra(NamedTuple):
@@ -64,7 +65,13 @@ class Extra(NamedTuple):
 
 
 def forward_pass(
-    job: Job, extra: Extra, currents: Tensor, v_dendrite: Tensor, v_soma: Tensor, *values: Tensor
+    job: Job,
+    extra: Extra,
+    currents: Tensor,
+    v_dendrite: Tensor,
+    v_soma: Tensor,
+    v_threshold: Tensor,
+    membrane: Tensor,
 ) -> tuple[Tensor, ...]:
     """Run the T steps.
 
@@ -74,14 +81,15 @@ def forward_pass(
         currents: I, [T, R, K], or [R, K] where static.
         v_dendrite: v_D[0], [] or [R, K].
         v_soma: v_S[0], [], [R, 1], [1, K] or [R, K].
-        values: θ, λ_S, λ_D, μ_S, μ_D, each [], [R, 1] or [1, K], behind a first axis of T if per step.
+        v_threshold: θ, [], [R, 1] or [1, K], behind an axis of T if per step.
+        membrane: λ_S, λ_D, μ_S, μ_D, [4], [4, R, 1] or [4, 1, K], and T behind the 4 if per step.
 
     Returns:
         θ s, [T·R, K] in the dtype of the current; if wanted, v_D[T] and v_S[T]; if wanted, the bits of :func:`packed`.
     """
     outputs, state = [], State(v_dendrite, v_soma)
     for t in range(job.steps):
-        now = job.coefficients(values, t)
+        now = job.coefficients(v_threshold, membrane, t)
         current = job.current(currents, t).to(now.v_threshold.dtype)
         output, state = lmh_step(current, state, now, job.surrogate)
         outputs.append(output.to(currents.dtype))
@@ -95,37 +103,40 @@ def backward_pass(
     currents: Tensor,
     v_dendrite: Tensor,
     v_soma: Tensor,
-    *values: Tensor,
+    v_threshold: Tensor,
+    membrane: Tensor,
 ) -> list[Tensor | None]:
     """Run the T steps again, and their adjoint.
 
     Args:
         job: what is run.
-        wanted: whether the gradient of the current, of v_S[0], and of each of the values is.
+        wanted: whether the gradient of the current, of v_S[0], and of θ, λ_S, λ_D, μ_S and μ_D is.
         grad_output: g, [T, R, K].
         currents: as in :func:`forward_pass`, like all that follows.
         v_dendrite: v_D[0].
         v_soma: v_S[0].
-        values: θ, λ_S, λ_D, μ_S, μ_D.
+        v_threshold: θ.
+        membrane: λ and μ.
 
     Returns:
-        The gradients of the current, [T·R, K] or [R, K], of v_S[0] and of the values; None for what is not wanted.
+        The gradients of the current, [T·R, K] or [R, K], and of the others; None for what is not wanted.
         Where one of these is [1, K] its gradient is [R, K], still to be summed over the rows; where it is [R, 1] or []
         its gradient is of its shape.
     """
-    dtype = values[0].dtype
+    dtype = v_threshold.dtype
     moments, state = [], State(v_dendrite, v_soma)
     for t in range(job.steps):
-        now = job.coefficients(values, t)
+        now = job.coefficients(v_threshold, membrane, t)
         v_dendrite, soma = charge(job.current(currents, t).to(dtype), state, now)
         moments.append(Moment(state, v_dendrite, soma))
         state = State(v_dendrite, soma - spikes(soma, now.v_threshold) * now.v_threshold)
     zero = torch.zeros((), dtype=dtype, device=currents.device)
     after = State(zero, zero)
     to_current: list[Tensor] = []
+    values = (v_threshold, *membrane.unbind())
     to_values: list[list[Tensor]] = [[] for _ in values]
     for t in reversed(range(job.steps)):
-        now = job.coefficients(values, t)
+        now = job.coefficients(v_threshold, membrane, t)
         step = lmh_step_adjoint(grad_output[t].to(dtype), after, moments.pop(), now, job.surrogate)
         after = step.before
         if wanted[0]:
@@ -179,18 +190,22 @@ class _Call:
         with torch.no_grad(), plain:
             return pass_(*(tensor.detach() for tensor in tensors))
 
-    def flat(self, currents: Tensor, v_dendrite: Tensor, v_soma: Tensor, *values: Tensor) -> list[Tensor]:
-        """The same as rows and columns."""
-        order = self.order
-        currents = order.flatten(currents, *self.lead)
+    def current(self, currents: Tensor) -> Tensor:
+        """I as rows and columns, [T, R, K], or [R, K] where static."""
+        return self.order.flatten(currents, *self.lead)
+
+    def written_out(self, v_dendrite: Tensor, v_soma: Tensor, theta: Tensor, *membrane: Tensor) -> list[Tensor]:
+        """v_D[0], v_S[0], θ, and λ and μ together, as they broadcast against rows and columns; without gradients."""
         if v_dendrite.ndim > 0:
-            state = order.flatten(v_dendrite), order.flatten(v_soma)
+            state = [self.order.flatten(v_dendrite), self.order.flatten(v_soma)]
         else:
-            state = v_dendrite, self.broadcast(v_soma, 0)
-        return [currents, *state, *(self.broadcast(value, int(self.job.per_step)) for value in values)]
+            state = [v_dendrite, self.broadcast(v_soma, 0)]
+        first = int(self.job.per_step)
+        values = [*state, self.broadcast(theta, first), self.broadcast(torch.stack(membrane), first + 1)]
+        return [value.detach() for value in values]
 
     def broadcast(self, value: Tensor, first: int) -> Tensor:
-        """A value for all neurons or for each channel, as a pass takes it."""
+        """A value for all neurons or for each channel, behind ``first`` axes, as a pass takes it."""
         plain = value.ndim == first and self.kernel is not Kernel.COMPILED
         return value if plain else self.order.write_out(value, first)
 
@@ -199,38 +214,49 @@ class _Call:
         """The axis in front of the neurons of a current."""
         return () if self.job.static else (self.job.steps,)
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The output, [T·N, C, *F]; if wanted, the last state, [N, C, *F]; if wanted, the bits."""
-        output, *more = self.run(forward_pass, self.extra, *self.flat(*tensors))
+    def forward(self, currents: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The output, [T·N, C, *F]; if wanted, the last state, [N, C, *F]; if wanted, the bits.
+
+        Args:
+            currents: I, [T·N, C, *F], or [N, C, *F] where static.
+            values: of :meth:`written_out`.
+        """
+        output, *more = self.run(forward_pass, self.extra, self.current(currents), *values)
         last = [self.order.restore(potential) for potential in more[:2]] if self.extra.state else []
         return self.order.restore(output, self.job.steps), *last, *(more[-1:] if self.extra.bits else [])
 
-    def backward(self, wanted: tuple[bool, ...], grad_output: Tensor, *tensors: Tensor) -> list[Tensor | None]:
-        """The gradients of the current, of v_S[0] and of the values, each of its shape."""
+    def backward(
+        self, wanted: tuple[bool, ...], grad_output: Tensor, currents: Tensor, values: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """The gradients of the current, of its shape, and those of :func:`backward_pass`."""
         grad_output = self.order.flatten(grad_output, self.job.steps)
-        found = self.run(backward_pass, wanted, grad_output, *self.flat(*tensors))
+        found = self.run(backward_pass, wanted, grad_output, self.current(currents), *values)
         if found[0] is not None:
             found[0] = self.order.restore(found[0], *self.lead)
-        for index, tensor in enumerate(tensors[2:], start=1):
-            gradient, first = found[index], int(self.job.per_step and index > 1)
-            if gradient is not None and gradient.shape != tensor.shape:
-                found[index] = self.order.sum_up(gradient, tensor, first)
         return found
+
+    def summed(self, gradients: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> list[Tensor | None]:
+        """The gradients of v_S[0], θ, λ and μ, summed up to their shapes."""
+        firsts = (0, *[int(self.job.per_step)] * (len(shapes) - 1))
+        return [
+            gradient if gradient is None or gradient.shape == shape else self.order.sum_up(gradient, len(shape), first)
+            for gradient, shape, first in zip(gradients, shapes, firsts, strict=True)
+        ]
 
 
 class _Neurons(torch.autograd.Function):
     """T steps of the neurons of a site as one node of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        current, *others = tensors
-        output, *last = call.forward(*tensors)
+    def forward(ctx: Any, call: _Call, currents: Tensor, v_dendrite: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         ctx.call, ctx.source = call, None
+        ctx.values, ctx.shapes = call.written_out(v_dendrite, *others), [other.shape for other in others]
+        output, *last = call.forward(currents, ctx.values)
         if call.extra.bits:
-            theta, bits = others[2].detach(), last.pop()
+            theta, bits = others[1].detach(), last.pop()
             ctx.spikes = Spikes(bits, theta, call.job.per_step, call.job.steps, call.order, output.dtype)
-            ctx.source = source_of(current)
-        ctx.save_for_backward(None if ctx.source else current, *others)
+            ctx.source = source_of(currents)
+        ctx.save_for_backward(None if ctx.source else currents)
         ctx.mark_non_differentiable(*last)
         return output, *last
 
@@ -238,10 +264,10 @@ class _Neurons(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _, current, _, *others = ctx.needs_input_grad
-        kept, *tensors = ctx.saved_tensors
+        (kept,) = ctx.saved_tensors
         currents = ctx.source() if kept is None else kept
-        to_current, *to_others = ctx.call.backward((current, *others), grads[0], currents, *tensors)
-        return None, to_current, None, *to_others
+        to_current, *to_others = ctx.call.backward((current, *others), grads[0], currents, ctx.values)
+        return None, to_current, None, *ctx.call.summed(to_others, ctx.shapes)
 
 
 class Ran(NamedTuple):
@@ -308,7 +334,7 @@ def _run_eagerly(
         lambda k: now[k].to(values.v_threshold.dtype),
         job.steps,
         start,
-        lambda k: Coefficients(*(aligned(value) for value in job.coefficients(values, k))),
+        lambda k: Coefficients(*(aligned(value[k] if job.per_step else value) for value in values)),
         job.surrogate,
     )
     return output.to(currents.dtype), last if keep else None

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import types
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
@@ -130,19 +130,18 @@ class Program:
         self.job = job
         self.plain = run
         self.compiled = torch.compile(own, fullgraph=True)
+        self._forms: set[Hashable] = set()
 
     def __call__(self, *tensors: Tensor) -> Any:
         """Run the pass."""
-        from torch._dynamo import maybe_mark_dynamic
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         if not compiles(self.job):
             return self.plain(*tensors)
-        # Only sizes are free. dynamic=True would free the numbers of the surrogate too, and compute with them anew for
-        # every neuron.
-        for tensor in tensors:
-            for axis in range(tensor.ndim)[-2:]:
-                maybe_mark_dynamic(tensor, axis)
+        form = tuple((t.dtype, t.is_contiguous(), *(size == 1 for size in t.shape[-2:])) for t in tensors)
+        if form not in self._forms:
+            self._forms.add(form)
+            _free_sizes(tensors)
         try:
             return self.compiled(*tensors)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
@@ -154,6 +153,19 @@ class Program:
                 stacklevel=2,
             )
             return self.plain(*tensors)
+
+
+def _free_sizes(tensors: Sequence[Tensor]) -> None:
+    """Let what is compiled for these tensors serve any sizes of their last two axes.
+
+    And nothing else: dynamic=True would free the numbers of the surrogate too, and compute with them anew for every
+    neuron. The marks cost as much as a small pass, and only a compilation reads them.
+    """
+    from torch._dynamo import maybe_mark_dynamic
+
+    for tensor in tensors:
+        for axis in range(tensor.ndim)[-2:]:
+            maybe_mark_dynamic(tensor, axis)
 
 
 _failed: set[Hashable] = set()

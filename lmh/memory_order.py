@@ -75,9 +75,9 @@ class Order:
             return value.unsqueeze(-2).expand(*lead, *self.shape[:2]).reshape(*lead, self.rows, 1)
         return value.unsqueeze(self._within).expand(*lead, *self._columns).reshape(*lead, 1, self.columns)
 
-    def sum_up(self, terms: Tensor, like: Tensor, first: int = 0) -> Tensor:
-        """[R, 1] or [R, K] → [] or [C]: the sum over all that a value stands for, the inverse of :meth:`write_out`."""
-        if like.ndim == first:
+    def sum_up(self, terms: Tensor, ndim: int, first: int = 0) -> Tensor:
+        """[R, 1] or [R, K] → [] or [C]: the sum over all that a value of ``ndim`` axes stands for."""
+        if ndim == first:
             return terms.sum((-2, -1))
         if self.channel_a_row:
             return terms.squeeze(-1).unflatten(-1, self.shape[:2]).sum(-2)

@@ -97,7 +97,7 @@ class _Quantize(torch.autograd.Function):
         theta = _squeezed(v_threshold)
         tensors = (order.flatten(grad), order.flatten(x), order.write_out(theta))
         by_x, terms = program(_slopes, ctx.levels, tensors[-1].shape[-1] == 1)(*tensors)
-        return order.restore(by_x), order.sum_up(terms, theta).reshape(v_threshold.shape), None
+        return order.restore(by_x), order.sum_up(terms, theta.ndim).reshape(v_threshold.shape), None
 
 
 def _squeezed(theta: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def _site(path: str, site: SpikingSite, rate: float | None) -> dict[str, Any]:
         "v_threshold_min": float(theta.min()),
         "v_threshold_max": float(theta.max()),
         "firing_rate": rate,
-        **{name: float(site.coefficient(name).detach().mean()) for name in COEFFICIENTS},
+        **{name: float(value.detach().mean()) for name, value in zip(COEFFICIENTS, site.coefficients(), strict=True)},
     }
 
 
@@ -92,7 +92,8 @@ def neuron_text(site: SpikingSite) -> str:
     if not any(bool(value.detach().any()) for value in raw):
         return type(site.neuron.preset).__name__
     symbols = dict(zip(COEFFICIENTS, ("λS", "λD", "μS", "μD"), strict=True))
-    values = (f"{symbols[name]} {float(site.coefficient(name).detach().mean()):.2f}" for name in COEFFICIENTS)
+    named = zip(COEFFICIENTS, site.coefficients(), strict=True)
+    values = (f"{symbols[name]} {float(value.detach().mean()):.2f}" for name, value in named)
     return f"LM-H {' '.join(values)}"
 
 

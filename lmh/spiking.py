@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -90,13 +91,19 @@ class LMH:
 COEFFICIENTS = ("lambda_s", "lambda_d", "mu_s", "mu_d")
 
 
-def bounded(raw: Tensor, preset: float, low: float, high: float) -> Tensor:
-    """Map a raw value onto (low, high): 0 gives ``preset`` exactly, with slope 1 there (ours).
+def bounded(raw: Tensor, limits: Sequence[tuple[float, float, float]]) -> Tensor:
+    """Map raw values onto (low, high): 0 gives the preset exactly, with slope 1 there (ours).
 
-    >>> bounded(torch.tensor(0.0), 0.5, 0.0, 1.5).item()
-    0.5
+    Args:
+        raw: [K, …].
+        limits: the preset, low and high of each of the K.
+
+    >>> bounded(torch.zeros(2), [(0.5, 0.0, 1.5), (1.0, 0.5, 1.5)])
+    tensor([0.5000, 1.0000])
     """
-    reach = torch.full_like(raw, high - preset).masked_fill_(raw < 0, preset - low)
+    numbers = raw.new_tensor([(preset, preset - low, high - preset) for preset, low, high in limits])
+    preset, down, up = numbers.reshape(len(limits), 3, *[1] * (raw.ndim - 1)).unbind(1)
+    reach = torch.where(raw < 0, down, up)
     return preset + reach * torch.tanh(raw / reach)
 
 
@@ -179,10 +186,15 @@ class SpikingSite(Timed):
         """θ, shape [] or [C] (with a first axis of T for ``PerStep()``), in the unit of the current."""
         return positive(self.base_threshold, self.raw_threshold)
 
+    def coefficients(self) -> tuple[Tensor, ...]:
+        """Return λ_S, λ_D, μ_S and μ_D, each of shape [], [C] or [T]."""
+        preset, ranges = self.neuron.preset, self.neuron.ranges
+        raw = torch.stack([getattr(self, f"raw_{name}") for name in COEFFICIENTS])
+        return bounded(raw, [(getattr(preset, name), *getattr(ranges, name)) for name in COEFFICIENTS]).unbind()
+
     def coefficient(self, name: str) -> Tensor:
         """Return λ_S, λ_D, μ_S or μ_D by its name, shape [], [C] or [T]."""
-        low, high = getattr(self.neuron.ranges, name)
-        return bounded(getattr(self, f"raw_{name}"), getattr(self.neuron.preset, name), low, high)
+        return self.coefficients()[COEFFICIENTS.index(name)]
 
     def forward(self, current: Tensor) -> Tensor:
         """Run the neurons over the steps of this call.
@@ -213,7 +225,7 @@ class SpikingSite(Timed):
 
     def _values(self, dtype: torch.dtype, begun: int, steps: int) -> Coefficients:
         """θ, λ and μ, each [] or [C], behind an axis of the ``steps`` steps after ``begun`` if per step."""
-        values = Coefficients(self.v_threshold, *(self.coefficient(name) for name in COEFFICIENTS))
+        values = Coefficients(self.v_threshold, *self.coefficients())
         if not isinstance(self.neuron.granularity, PerStep):
             return Coefficients(*(value.to(dtype) for value in values))
         if begun + steps > self.time.timesteps:

@@ -187,17 +187,18 @@ def test_raw_values_of_zero_give_the_preset_exactly(preset: IF | LIF, granularit
 def test_bounded_stays_in_its_range_and_is_the_formula(raw: float, part: float, dtype: torch.dtype) -> None:
     for low, high in oracle.RANGES.values():
         preset = low + part * (high - low)
-        value = bounded(torch.tensor(raw, dtype=dtype), preset, low, high).item()
+        value = bounded(torch.tensor([raw], dtype=dtype), [(preset, low, high)]).item()
         rounding = 4 * torch.finfo(dtype).eps
         assert low - rounding <= value <= high + rounding
         assert abs(value - oracle.bounded(np.float64(raw), preset, low, high)) <= rounding
 
 
 def test_bounded_has_slope_one_at_zero_and_rises() -> None:
-    raw = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(bounded(raw, 1.0, 0.0, 1.5), raw)
+    limits = [(1.0, 0.0, 1.5)]
+    raw = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(bounded(raw, limits), raw)
     assert slope.item() == 1.0
-    assert (bounded(torch.linspace(-3, 3, 100), 1.0, 0.0, 1.5).diff() > 0).all()
+    assert (bounded(torch.linspace(-3, 3, 100)[None], limits).diff() > 0).all()
 
 
 def test_threshold_and_gradients_stay_sound_for_very_negative_raw_values() -> None:

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from ...spiking import COEFFICIENTS, PerStep, SpikingSite
+from ...spiking import PerStep, SpikingSite
 from .nir_build import float32
 from .nir_values import Array
 
@@ -153,7 +153,7 @@ def _plain(value: Any) -> Array:
 
 def _coefficients(site: SpikingSite, steps: int, lost: list[str]) -> tuple[Array, ...]:
     """θ, λ and μ, each of shape [] or [C]; per-step values as their mean."""
-    values = [_plain(site.v_threshold), *(_plain(site.coefficient(name)) for name in COEFFICIENTS)]
+    values = [_plain(site.v_threshold), *map(_plain, site.coefficients())]
     if not isinstance(site.neuron.granularity, PerStep):
         return tuple(values)
     if any((value[:steps] != value[:1]).any() for value in values):
