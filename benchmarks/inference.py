@@ -1,11 +1,12 @@
-"""A deployed spiking network beside its ANN, and beside the same network in SpikingJelly.
+"""A deployed spiking network, in each of its forms, beside its ANN and beside the same network in SpikingJelly.
 
     python benchmarks/inference.py
     python benchmarks/inference.py --network resnet50 --timesteps 4 --profile
 
 torchvision's ResNet-18 (8×3×32×32) and ResNet-50 (2×3×224×224) at random weights, IF neurons, thresholds by MinError
-from the same images, fp32, no gradients. The ANN's BatchNorm is folded, and its time is that of the faster order in
-memory. The spiking network is ``deploy(conversion, example=images)``. The peer is the graph that was converted, with
+from the same images, no gradients. The ANN's BatchNorm is folded, and its time is that of the faster order in memory;
+every ratio is to it, in fp32. The spiking network is ``deploy(conversion, example=images)`` in fp32, in bfloat16, with
+int8 weights, and with these in bfloat16; the ANN in bfloat16 stands beside them. The peer is the converted graph, with
 BatchNorm folded and SpikingJelly's multi-step IF nodes in the place of the activations, the same thresholds and starts
 (pip install --no-deps spikingjelly==2.0.0 loguru SciencePlots; else it is left out). What both answer is compared. All
 sides run in turn; a figure is the median over the rounds, a ratio the median of the ratios within a round.
@@ -21,6 +22,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -36,6 +38,10 @@ from lmh.torchvision_shim import torchvision
 
 IMAGES = {"resnet18": (8, 3, 32, 32), "resnet50": (2, 3, 224, 224)}
 TIMESTEPS = {"resnet18": (4,), "resnet50": (4, 8)}
+FORMS: dict[str, dict[str, Any]] = {
+    "deployed": {}, "bf16": {"dtype": torch.bfloat16}, "int8": {"int8": True},
+    "int8, bf16": {"int8": True, "dtype": torch.bfloat16},
+}  # fmt: skip
 PEER = "spikingjelly"
 Work = Callable[[], Tensor]
 
@@ -105,11 +111,16 @@ def row(name: str, timesteps: int, images: Tensor, rounds: int, with_profile: bo
     ann = folded_ann(name)
     last = copy.deepcopy(ann).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     conversion = convert(ann, timesteps, data=images)
-    snn = deploy(conversion, example=images)
+    narrow = copy.deepcopy(last).to(torch.bfloat16)
+    networks = {form: deploy(conversion, example=images, **options) for form, options in FORMS.items()}
+    snn = networks["deployed"]
     images_last = images.contiguous(memory_format=torch.channels_last)
     sides: dict[str, Work] = {
-        "ANN": lambda: ann(images), "ANN, channels last": lambda: last(images_last), "deployed": lambda: snn(images)
-    }  # fmt: skip
+        "ANN": lambda: ann(images),
+        "ANN, channels last": lambda: last(images_last),
+        "ANN, bf16": lambda: narrow(images_last.bfloat16()),
+        **{form: partial(network, images) for form, network in networks.items()},
+    }
     found: dict[str, Any] = {"network": name, "timesteps": timesteps}
     if importlib.util.find_spec(PEER):
         sides["peer"] = peer_of(ann, conversion, timesteps, images)
@@ -146,7 +157,7 @@ def main(
     torch.set_num_threads(threads)
     keep_freed_memory()
     peer = f"{PEER} {importlib.metadata.version(PEER)}" if importlib.util.find_spec(PEER) else f"{PEER} not installed"
-    print(f"seed 0, fp32, {rounds} rounds, {threads} threads, lmh {__version__}, torch {torch.__version__}, {peer}, "
+    print(f"seed 0, {rounds} rounds, {threads} threads, lmh {__version__}, torch {torch.__version__}, {peer}, "
           f"{platform.machine()}")  # fmt: skip
     figures: dict[str, Any] = {}
     rows = []
@@ -156,6 +167,8 @@ def main(
             found = row(name, timesteps, images, rounds, with_profile)
             rows.append(found)
             figures[f"{name}_t{timesteps}"] = found["deployed"]["ratio"]
+            for form in list(FORMS)[1:]:
+                figures[f"{name}_t{timesteps}_{form.replace(', ', '_')}"] = found[form]["ratio"]
             figures[f"peer_{name}_t{timesteps}"] = found["peer"]["ratio"] if "peer" in found else None
     print(json.dumps({**figures, "rows": rows}))
 

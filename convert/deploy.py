@@ -17,31 +17,20 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..errors import ArgumentError
 from ..frozen import FrozenSite
-from ..gate import Accumulate, Increments
-from ..op_table import (
-    AVGPOOL_FUNCTIONS,
-    AVGPOOL_MODULES,
-    BATCHNORM_MODULES,
-    DROPOUT_FUNCTIONS,
-    IDENTITY_MODULES,
-    SYNAPSE_MODULES,
-    Kind,
-)  # fmt: skip
-from ..ops import argument, kind_of, module_of, signal_input
+from ..int8 import SpikeLayer
+from ..int8 import available as int8_layers_exist
+from ..op_table import BATCHNORM_MODULES, SYNAPSE_MODULES
+from ..ops import module_of
 from ..shapes import node_values
-from ..spiking import PerStep, SpikingSite, sites
+from ..spiking import sites
 from ..structures import SampleShape, Shape, as_sample_shape, batched, each_shape
-from ..time_axis import EnterTail, LeaveTail, Readout, Timed, call, takes_events, time_axis
+from ..time_axis import Readout, Timed, call, takes_events, time_axis
+from .freeze import TRANSPOSED, freeze_sites
 from .paths import unique_path
 from .pipeline import Conversion
 from .storage import MANIFEST
 
-_PASSING: set[Any] = {
-    *AVGPOOL_MODULES, *AVGPOOL_FUNCTIONS, *IDENTITY_MODULES, *DROPOUT_FUNCTIONS, EnterTail, LeaveTail, Accumulate,
-    Increments,
-}  # fmt: skip
 _ROUNDS = 4
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def network_of(network: Conversion | fx.GraphModule) -> fx.GraphModule:
@@ -115,6 +104,8 @@ def deploy(
     *,
     example: Tensor | Sequence[Tensor] | None = None,
     input_shape: Sequence[Any] | None = None,
+    dtype: torch.dtype | None = None,
+    int8: bool = False,
 ) -> fx.GraphModule:
     """Return a copy of a spiking network for inference.
 
@@ -124,6 +115,10 @@ def deploy(
     3. The neurons are constants, and run as one pass over all steps, compiled where that is worth it.
     4. With an ``example``, channels first or channels last in memory: what was faster on it, in this process.
 
+    5. With a ``dtype`` of 16 bits, weights and currents are of it; potentials stay float32.
+    6. With ``int8``, convolutions [N, C, H, W] and linear layers that read a site take its spikes as whole numbers and
+       have int8 weights, by output channel (lmh/int8.py); what else reads the site gets θ s.
+
     The equations stay. Folding rounds the weights anew, so a potential can come to lie on the other side of θ: single
     spikes differ, and with them single outputs, by a few θ/T.
 
@@ -132,12 +127,15 @@ def deploy(
         example: an input, [N, *F] or [T, N, *F], or a sequence of several, such as will come later.
         input_shape: of one sample, without batch (a shape for each of several inputs); not needed for a Conversion or
             a loaded network.
+        dtype: that of the network unless given; float32, bfloat16 or float16. Inputs are cast to it, outputs back.
+        int8: round weights to int8, for x86 CPUs.
 
     Returns:
         An ordinary module, on the CPU and in eval mode. ``per_step``, ``carry_state`` and ``evaluate`` take it.
 
     Raises:
-        ArgumentError: if it is not a spiking network, or deployed already.
+        ArgumentError: if it is not a spiking network, or deployed already; if the dtype is another, or int8 is asked
+            for with a dtype or on a machine that has none of it.
 
     >>> from lmh.convert import load
     >>> snn, x = load("zoo:digits-cnn-t4"), torch.rand(8, 1, 8, 8)
@@ -147,11 +145,57 @@ def deploy(
     """
     model = fold_batchnorm(network, input_shape=input_shape)
     flat = _flat_outputs(model, sample_shape_of(network, input_shape))
-    for path, site in sites(model).items():
-        model.set_submodule(path, FrozenSite(site, binary=_fold_threshold(model, path, site, flat)))
+    given = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = given if dtype is None else dtype
+    if int8:
+        _check_int8(dtype)
+    freeze_sites(model, flat, int8=dtype if int8 else None)
+    if dtype != given:
+        _compute_in(model, dtype, given)
+    model.graph.lint()
     model.recompile()
     model.meta.pop(MANIFEST, None)
     return model if example is None else _faster(model, (example,) if isinstance(example, Tensor) else tuple(example))
+
+
+def _check_int8(dtype: torch.dtype) -> None:
+    """Refuse int8 layers that this machine or dtype has no product for."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ArgumentError(
+            f"deploy: int8=True came with {dtype}; expected float32 or bfloat16 around int8 layers. Pass one of them "
+            "as dtype=."
+        )
+    if not int8_layers_exist():
+        raise ArgumentError(
+            "deploy: int8=True was asked for and this build of torch has no oneDNN; expected one for x86 CPUs. Leave "
+            "it out."
+        )
+
+
+def _compute_in(model: fx.GraphModule, dtype: torch.dtype, given: torch.dtype) -> None:
+    """Make weights and currents of another dtype, and outputs again of the one that was given."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ArgumentError(f"deploy: dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16.")
+    for module in model.modules():
+        if not isinstance(module, (FrozenSite, SpikeLayer)):
+            for tensors in (module._parameters, module._buffers):
+                cast = {name: _cast(value.data, dtype) for name, value in tensors.items() if value is not None}
+                for name, value in cast.items():
+                    tensors[name] = nn.Parameter(value, requires_grad=False) if tensors is module._parameters else value
+    graph = model.graph
+    for node in list(graph.nodes):
+        if node.op == "placeholder":
+            with graph.inserting_after(node):
+                inside = graph.call_function(_cast, (node, dtype))
+            node.replace_all_uses_with(inside, delete_user_cb=lambda user, inside=inside: user is not inside)
+        elif node.op == "output":
+            with graph.inserting_before(node):
+                node.args = fx.map_arg(node.args, lambda value: graph.call_function(_cast, (value, given)))
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    """A tensor of floating point in another dtype; anything else as it is."""
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def fold_batchnorm(network: Conversion | fx.GraphModule, *, input_shape: Sequence[Any] | None = None) -> fx.GraphModule:
@@ -193,16 +237,12 @@ def fold_batchnorm(network: Conversion | fx.GraphModule, *, input_shape: Sequenc
 
 
 def _flat_outputs(model: fx.GraphModule, shape: Sequence[Any] | None) -> Callable[[fx.Node], bool]:
-    """Return a test whether a node gives [N, C]; shapes are computed when first asked for."""
+    """Return a test whether a node of this graph gives [N, C]; none does where the shape of a sample is unknown."""
     values: dict[fx.Node, Any] = {}
-
-    def flat(node: fx.Node) -> bool:
-        if shape is not None and not values:
-            with call(time_axis(model), Readout.MEAN, 1):
-                values.update(node_values(model, input_shapes_of(model, shape, 2)))
-        return node in values and values[node].ndim == 2
-
-    return flat
+    if shape is not None:
+        with call(time_axis(model), Readout.MEAN, 1):
+            values = node_values(model, input_shapes_of(model, shape, 2))
+    return lambda node: node in values and values[node].ndim == 2
 
 
 def _foldable(source: fx.Node, norm: nn.Module) -> bool:
@@ -211,77 +251,8 @@ def _foldable(source: fx.Node, norm: nn.Module) -> bool:
         return False
     hooked = layer._forward_hooks or layer._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks
     outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    grouped = isinstance(layer, _TRANSPOSED) and layer.groups > 1
+    grouped = isinstance(layer, TRANSPOSED) and layer.groups > 1
     return not hooked and not grouped and outputs == norm.num_features
-
-
-def _fold_threshold(model: fx.GraphModule, path: str, site: SpikingSite, flat: Callable[[fx.Node], bool]) -> bool:
-    """Take the θ of a site into the layers that read it, where they are all that does; return whether it was so."""
-    (node,) = (node for node in model.graph.nodes if node.target == path)
-    layers = None if isinstance(site.neuron.granularity, PerStep) else _readers(node)
-    if layers is None or not all(_scalable(site, *layer, flat) for layer in layers):
-        return False
-    for layer, flattened in dict.fromkeys(layers):  # a gate reads the site in two places
-        _scale(model, layer, site.v_threshold, flattened)
-    return True
-
-
-def _readers(node: fx.Node, flattened: bool = False) -> list[tuple[fx.Node, bool]] | None:
-    """Return the weighted layers that read a site, and whether its output is flattened before; None if others do."""
-    found: list[tuple[fx.Node, bool]] = []
-    for user in node.users:
-        module = module_of(user)
-        if type(module) in SYNAPSE_MODULES:
-            found.append((user, flattened))
-            continue
-        flattens = _flattens(user)
-        passes = flattens or type(module) in _PASSING or user.target in _PASSING or kind_of(user) is Kind.MAXPOOL
-        behind = _readers(user, flattened or flattens) if passes else None
-        if behind is None:
-            return None
-        found += behind
-    return found or None
-
-
-def _flattens(node: fx.Node) -> bool:
-    """Whether a node makes [N, C·F] of [N, C, *F]."""
-    module = module_of(node)
-    if isinstance(module, nn.Flatten):
-        return (module.start_dim, module.end_dim) == (1, -1)
-    axes = argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1)
-    return node.target in (torch.flatten, "flatten") and axes == (1, -1)
-
-
-def _scalable(site: SpikingSite, layer: fx.Node, flattened: bool, flat: Callable[[fx.Node], bool]) -> bool:
-    """Whether a layer can take the θ of a site into its weights."""
-    module: Any = module_of(layer)
-    if sum(other.target == layer.target for other in layer.graph.nodes) > 1 or module._forward_pre_hooks:
-        return False
-    if site.v_threshold.numel() == 1:
-        return True
-    channels = len(site.v_threshold)
-    if not isinstance(module, nn.Linear):
-        return not flattened and bool(module.in_channels == channels)
-    if flattened:
-        return bool(module.in_features % channels == 0)
-    return bool(module.in_features == channels) and flat(signal_input(layer))
-
-
-def _scale(model: fx.GraphModule, layer: fx.Node, theta: Tensor, flattened: bool) -> None:
-    """W' = W θ, for each input channel."""
-    module: Any = copy.deepcopy(module_of(layer))
-    weight = module.weight
-    if theta.numel() > 1:
-        if flattened:
-            theta = theta.repeat_interleave(module.in_features // len(theta))
-        elif isinstance(module, _TRANSPOSED):
-            theta = theta.reshape(-1, *[1] * (weight.ndim - 1))
-        elif not isinstance(module, nn.Linear):
-            groups = theta.reshape(module.groups, 1, -1).expand(-1, module.out_channels // module.groups, -1)
-            theta = groups.reshape(module.out_channels, -1, *[1] * (weight.ndim - 2))
-    scaled = weight.double() * theta.double()
-    module.weight = nn.Parameter(scaled.to(weight.dtype), requires_grad=False)
-    model.set_submodule(str(layer.target), module)
 
 
 def _faster(model: fx.GraphModule, example: Sequence[Tensor]) -> fx.GraphModule:
@@ -307,7 +278,7 @@ def _fold(model: fx.GraphModule, source: fx.Node, node: fx.Node, norm: Any) -> N
     scale, shift = (None if value is None else value.double() for value in (norm.weight, norm.bias))
     fused = fuse_conv_bn_weights(
         cast(Tensor, weight), bias, cast(Tensor, mean), cast(Tensor, variance), norm.eps, scale, shift,
-        isinstance(layer, _TRANSPOSED),
+        isinstance(layer, TRANSPOSED),
     )  # fmt: skip
     folded = copy.deepcopy(layer)
     folded.weight, folded.bias = (nn.Parameter(value.to(layer.weight.dtype), False) for value in fused)

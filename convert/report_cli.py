@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
 import click
+import torch
 
 from .. import zoo
 from ..errors import ArgumentError, LMHError
 from ..evaluation import evaluate
 from ..results import describe_network
+from ..streaming import exit_curve
 from ..structures import each_shape
 from ..terminal import Terminal, print_result
 from ..zoo.data import check_kind_of_data
@@ -27,14 +30,32 @@ from .cli_inputs import (
     evaluation_batch,
     refuse_normalisation,
 )
+from .deploy import deploy
 from .loading import load_again
 from .spike import EventFrames
 from .storage import MANIFEST, load
+
+FORMS: dict[str, dict[str, Any]] = {
+    "fp32": {"dtype": torch.float32},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp16": {"dtype": torch.float16},
+    "int8": {"int8": True},
+    "int8-bf16": {"int8": True, "dtype": torch.bfloat16},
+}
+"""What --deploy asks deploy for."""
 
 
 @click.command("report")
 @click.argument("file")
 @click.option("--data", metavar="SPEC", required=True, help=DATA_HELP)
+@click.option("--deploy", "form", type=click.Choice(list(FORMS)), help="Measure the copy for inference (deploy).")
+@click.option(
+    "--early-exit",
+    "confidence",
+    type=click.FloatRange(0, 1),
+    metavar="P",
+    help="Say also what samples give that leave once their softmax reaches P, and after how many steps.",
+)
 @click.option("--source", metavar="FILE", help="The ANN, where the saved network names none that can be built.")
 @click.option("--test-samples", type=click.IntRange(min=1), help="Test images to measure on; all unless given.")
 @click.option("--input-size", type=NumbersType(int, "3,224,224"), metavar="C,H,W", help="In place of the file's.")
@@ -49,6 +70,8 @@ from .storage import MANIFEST, load
 def report_command(
     file: str,
     data: str,
+    form: str | None,
+    confidence: float | None,
     source: str | None,
     test_samples: int | None,
     seed: int,
@@ -59,7 +82,9 @@ def report_command(
 ) -> None:
     """Load the spiking network FILE, or zoo:NAME, and measure it on the test split of --data."""
     terminal = Terminal(results=not as_json)
-    result = report(file, data, terminal, source, test_samples, seed, trust_pickle, modules, overrides)
+    result = report(
+        file, data, terminal, source, test_samples, seed, trust_pickle, modules, overrides, form, confidence
+    )
     if as_json:
         click.echo(json.dumps(result))
     else:
@@ -76,8 +101,10 @@ def report(
     trust_pickle: bool = False,
     modules: tuple[str, ...] = (),
     overrides: Mapping[str, tuple[Any, ...] | None] = MappingProxyType({}),
+    form: str | None = None,
+    confidence: float | None = None,
 ) -> dict[str, Any]:
-    """Measure a saved network and return the command's result."""
+    """Measure a saved network, or with a ``form`` its copy for inference, and return the command's result."""
     snn = load(file, source, trust_pickle=trust_pickle, modules=modules)
     manifest = snn.meta[MANIFEST]
     preprocessing, assumed = stored_preprocessing(manifest, overrides)
@@ -89,14 +116,23 @@ def report(
     ann, notices = source_ann(manifest["source"], source, trust_pickle, modules)
     notices += assumption_notices(preprocessing, assumed)
     notices.append(f"Samples: test {len(order)} of {len(test)} in the order of seed {seed}.")
+    if form is not None:
+        snn = deploy(snn, **FORMS[form])
+        notices.append(f"Measured: the copy for inference, in {form}.")
+    leaving = None
+    if confidence is not None:
+        (leaving,) = exit_curve(snn, terminal.track(batches, "leaving early", batches.count), [confidence])
+        after = f"{leaving.steps:.2f} of {timesteps} steps"
+        notices.append(f"Early exit at {confidence:g}: {100 * leaving.accuracy:.2f} % after {after}.")
     for notice in notices:
         terminal.notice(notice)
     evaluation = evaluate(snn, terminal.track(batches, "measuring", batches.count), ann=ann)
     calibration = f"{manifest['calibration']['policy']}, {manifest['calibration']['samples']} samples"
     nodes = manifest.get("nodes", {"converted": manifest["sites"], "kept": [], "refused": []})
-    return describe_network(
+    found = describe_network(
         snn, source=file, calibration=calibration, nodes=nodes, evaluation=evaluation, notices=notices
     )
+    return {**found, "deployed": form, "early_exit": None if leaving is None else asdict(leaving)}
 
 
 def stored_preprocessing(

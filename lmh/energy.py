@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from .gate import Increments
+from .int8 import SpikeLayer, Weighted
 from .op_table import CONTRACTIONS, Kind
 from .ops import argument, kind_of, module_of, signal_input
 from .records import LayerWork
@@ -58,7 +59,7 @@ def binary_nodes(snn: fx.GraphModule) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in snn.graph.nodes:
         module = module_of(node)
-        moves = kind_of(node) in (Kind.SHAPE, Kind.MAXPOOL)
+        moves = kind_of(node) in (Kind.SHAPE, Kind.MAXPOOL) or isinstance(module, Weighted)
         sources = [source for source in node.all_input_nodes if kind_of(source) is not Kind.SIZE]
         if isinstance(module, Increments):
             binary = _has_one_threshold(node.all_input_nodes[1])
@@ -79,6 +80,8 @@ def _has_one_threshold(spikes: fx.Node) -> bool:
         return not isinstance(module.neuron.granularity, PerStep)
     if isinstance(module, Increments):
         return _has_one_threshold(spikes.all_input_nodes[1])
+    if isinstance(module, Weighted):
+        return _has_one_threshold(spikes.all_input_nodes[0])
     joins = spikes.target in (torch.cat, torch.concat, torch.concatenate) and argument(spikes, 1, "dim", 0) == 1
     return joins and all(_has_one_threshold(source) for source in spikes.all_input_nodes)
 
@@ -203,6 +206,7 @@ def _called(node: fx.Node, given: Callable[[fx.Node], Any]) -> Any:
 
 def _with_unit_weights(node: fx.Node, probe: Tensor) -> Tensor:
     module = module_of(node)
+    module = module.plain() if isinstance(module, SpikeLayer) else module
     if module is not None:
         state = {name: torch.ones_like(p, dtype=probe.dtype) for name, p in module.named_parameters()}
         return torch.func.functional_call(module, state, (probe,))

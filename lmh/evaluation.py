@@ -76,8 +76,7 @@ def evaluate(
                 y = check_labels("evaluate: data", y, count).to(like.device)
             if not all(torch.isfinite(x).all() for x in given):
                 raise DataError("the data holds NaN or infinite values; expected finite ones. Check the images.")
-            given = tuple(x.to(like) for x in given)
-            outputs = only_tensor(counter.count(given, count), "evaluate")
+            outputs = only_tensor(counter.count(tuple(x.to(like) for x in given), count), "evaluate")
             score.add(outputs, y, None if ann is None else _ann_outputs(ann, given, events))
             if on_batch is not None:
                 on_batch(score.samples)
@@ -87,6 +86,8 @@ def evaluate(
 
 
 def _ann_outputs(ann: nn.Module, inputs: Sequence[Tensor], events: bool) -> Tensor:
+    like = next(ann.parameters(), inputs[0])
+    inputs = [x.to(like) for x in inputs]
     if not events:
         return only_tensor(ann(*inputs), "evaluate")
     outputs = only_tensor(ann(*(x.flatten(0, 1) for x in inputs)), "evaluate")

@@ -34,6 +34,7 @@ class FrozenJob:
         static: the current is that of one step, taken T times.
         per_step: the first axis of every value is T.
         binary: the output is s, not θ s.
+        narrow: the output is uint8, not of the dtype of the current.
         numbers: the names of the coefficients that are 0 or 1 everywhere, and which.
         state: whether v_D[0] and v_S[0] are given; else they are 0.
         keep: whether the last state is wanted.
@@ -43,6 +44,7 @@ class FrozenJob:
     static: bool
     per_step: bool
     binary: bool
+    narrow: bool
     numbers: tuple[tuple[str, float], ...]
     state: tuple[bool, bool]
     keep: bool
@@ -59,8 +61,8 @@ def frozen_pass(job: FrozenJob, form: object, currents: Tensor, *tensors: Tensor
             against S, behind a first axis of T if per step (but the state).
 
     Returns:
-        θ s or s, the steps one behind the other along the first axis of S, in the dtype of the current; v_D[T] and
-        v_S[T] if they are kept.
+        θ s or s, the steps one behind the other along the first axis of S, in the dtype of the current or uint8; v_D[T]
+        and v_S[T] if they are kept.
     """
     left = iter(tensors)
     dendrite, soma = (next(left) if given else None for given in job.state)
@@ -79,7 +81,7 @@ def frozen_pass(job: FrozenJob, form: object, currents: Tensor, *tensors: Tensor
         spikes = (membrane >= theta).to(dtype)
         output = spikes * theta
         soma = membrane - output
-        outputs.append((spikes if job.binary else output).to(currents.dtype))
+        outputs.append((spikes if job.binary else output).to(torch.uint8 if job.narrow else currents.dtype))
     last = (dendrite, soma) if job.keep else ()
     return torch.cat(outputs), *(potential for potential in last if potential is not None)
 
@@ -100,11 +102,13 @@ class FrozenSite(SpikingSite):
     Args:
         site: whose neurons; not changed.
         binary: give s, 0 or 1, instead of θ s, where the next layers hold θ in their weights.
+        narrow: give it in uint8; only with ``binary``.
     """
 
-    def __init__(self, site: SpikingSite, *, binary: bool = False) -> None:
+    def __init__(self, site: SpikingSite, *, binary: bool = False, narrow: bool = False) -> None:
         Timed.__init__(self, site.time)
-        self.neuron, self.static, self.binary = site.neuron, site.static, binary
+        self.neuron, self.static = site.neuron, site.static
+        self.binary, self.narrow = binary, narrow
         theta = site.v_threshold.detach()
         values = {name: value.detach() for name, value in zip(COEFFICIENTS, site.coefficients(), strict=True)}
         self.theta: Tensor
@@ -138,7 +142,7 @@ class FrozenSite(SpikingSite):
             current: [T·N, *F], or [N, *F] where the site is static; in the unit of θ.
 
         Returns:
-            θ s or s, [T·N, *F], of the current's dtype. The state is float32 for 16-bit currents.
+            θ s or s, [T·N, *F], of the current's dtype or uint8. The state is float32 for 16-bit currents.
 
         Raises:
             StateError: as :meth:`SpikingSite.forward`.
@@ -150,7 +154,14 @@ class FrozenSite(SpikingSite):
         rests = self._carried is None
         state = (not rests, not (rests and self.silent))
         job = FrozenJob(
-            steps, self.static, self._per_step, self.binary, self.numbers, state=state, keep=self.time.carry
+            steps,
+            self.static,
+            self._per_step,
+            self.binary,
+            self.narrow,
+            self.numbers,
+            state=state,
+            keep=self.time.carry,
         )
         tensors = [potential for potential, given in zip(start, state, strict=True) if given]
         values = self._values(dtype, begun, steps)._asdict()

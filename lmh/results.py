@@ -88,13 +88,11 @@ def _site(path: str, site: SpikingSite, rate: float | None) -> dict[str, Any]:
 
 def neuron_text(site: SpikingSite) -> str:
     """Return ``IF`` or ``LIF`` for a site still at its preset, else ``LM-H`` with its mean λ and μ."""
-    raw = [getattr(site, f"raw_{name}") for name in COEFFICIENTS]
-    if not any(bool(value.detach().any()) for value in raw):
-        return type(site.neuron.preset).__name__
-    symbols = dict(zip(COEFFICIENTS, ("λS", "λD", "μS", "μD"), strict=True))
-    named = zip(COEFFICIENTS, site.coefficients(), strict=True)
-    values = (f"{symbols[name]} {float(value.detach().mean()):.2f}" for name, value in named)
-    return f"LM-H {' '.join(values)}"
+    preset, found = site.neuron.preset, [value.detach() for value in site.coefficients()]
+    if all(bool((value == getattr(preset, name)).all()) for name, value in zip(COEFFICIENTS, found, strict=True)):
+        return type(preset).__name__
+    symbols = ("λS", "λD", "μS", "μD")
+    return f"LM-H {' '.join(f'{name} {float(value.mean()):.2f}' for name, value in zip(symbols, found, strict=True))}"
 
 
 def _energy(evaluation: Evaluation) -> dict[str, Any]:

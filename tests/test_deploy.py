@@ -73,7 +73,7 @@ def test_thresholds_go_into_the_layers_behind(change: Callable[[Conversion], Con
 
 def test_a_wrong_threshold_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 
-    module = importlib.import_module("lmh.convert.deploy")  # in lmh.convert the name is the function's
+    module = importlib.import_module("lmh.convert.freeze")
     conversion = chain_conversion()
     x = torch.randn(50, 2, 8, 8).double()
     scale = module._scale
