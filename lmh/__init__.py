@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import LMHError
     from .evaluation import evaluate
+    from .footprint import Fit
     from .kernels import Kernel, use_kernel
     from .qcfs import QCFS
     from .readout import DelayedReadout, MeanReadout, WeightedReadout
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "LMHError": "errors",
     "evaluate": "evaluation",
+    "Fit": "footprint",
     "QCFS": "qcfs",
     **dict.fromkeys(
         ("IF", "LIF", "LMH", "PerChannel", "PerLayer", "PerStep", "Ranges", "SpikingSite", "kernels_used", "sites"),
@@ -46,6 +48,7 @@ __all__ = [
     "LMH",
     "QCFS",
     "DelayedReadout",
+    "Fit",
     "Kernel",
     "LMHError",
     "MeanReadout",

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from .arguments import check_labels, split_batch
 from .errors import ArgumentError, DataError
 from .eval_mode import in_eval_mode
+from .footprint import Fit, Part, part_of
 from .readout import MeanReadout
 from .structures import input_count, only_tensor
 from .time_axis import TimeAxis, Timed, carry_state, per_step, prefixes, takes_events, time_axis
 
 
-def streamed(snn: nn.Module, *inputs: Tensor, chunk: int = 1) -> Tensor:
+def streamed(snn: nn.Module, *inputs: Tensor, chunk: int | Fit = 1) -> Tensor:
     """Return what ``snn`` answers in eval mode, computed ``chunk`` steps at a time, without gradients.
 
     Memory is that of ``chunk`` steps, whatever T is; each site keeps its state from chunk to chunk.
@@ -26,13 +27,15 @@ def streamed(snn: nn.Module, *inputs: Tensor, chunk: int = 1) -> Tensor:
     Args:
         snn: a converted network, deployed or not.
         *inputs: as ``snn`` takes them: [N, *F] each, or [T, N, *F] for a network converted with ``EventFrames()``.
-        chunk: how many steps run at once; T need not be a multiple of it.
+        chunk: how many steps run at once; T need not be a multiple of it. Or ``Fit()``: as many samples, else steps,
+            as fit into memory.
 
     Returns:
         The mean over time, [N, *out]: ``snn(*inputs)`` up to rounding.
 
     Raises:
-        ArgumentError: if ``snn`` is not a converted network, its readout is not the mean, or ``chunk`` is below 1.
+        ArgumentError: if ``snn`` is not a converted network, its readout is not the mean, ``chunk`` is below 1, or
+            the free memory is asked for and unknown.
 
     >>> from lmh.convert import load
     >>> snn, x = load("zoo:digits-cnn-t4"), torch.rand(2, 1, 8, 8)
@@ -40,14 +43,27 @@ def streamed(snn: nn.Module, *inputs: Tensor, chunk: int = 1) -> Tensor:
     True
     """
     time = _mean_over_time("streamed", snn)
-    if chunk < 1:
-        raise ArgumentError(f"streamed: chunk is {chunk!r}; expected a whole number of steps, at least 1.")
+    if not isinstance(chunk, Fit) and chunk < 1:
+        raise ArgumentError(f"streamed: chunk is {chunk!r}; expected a whole number of steps, at least 1, or Fit().")
+    if not isinstance(chunk, Fit):
+        return _in_chunks(snn, inputs, time.timesteps, chunk)
+    axis = 1 if takes_events(snn) else 0
+    part = Part(1, time.timesteps)
+    if inputs[0].shape[axis]:
+        with _answering(snn, carry=False):
+            part = part_of(snn, inputs, chunk)
+    pieces = zip(*(x.split(part.samples, axis) for x in inputs), strict=True)
+    return torch.cat([_in_chunks(snn, piece, time.timesteps, part.steps) for piece in pieces])
+
+
+def _in_chunks(snn: nn.Module, inputs: Sequence[Tensor], timesteps: int, chunk: int) -> Tensor:
+    """Return the mean over T, run in chunks of steps."""
     total = torch.zeros(())
     with _answering(snn):
-        for first in range(0, time.timesteps, chunk):
-            steps = min(chunk, time.timesteps - first)
+        for first in range(0, timesteps, chunk):
+            steps = min(chunk, timesteps - first)
             total = _steps(snn, inputs, first, steps).sum(0) + total.to(inputs[0].device)
-    return total / time.timesteps
+    return total / timesteps
 
 
 @dataclass(frozen=True)

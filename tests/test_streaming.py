@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from lmh import LIF, LMH, DelayedReadout, PerStep, early_exit, exit_curve, prefixes, streamed, zoo
+from lmh import LIF, LMH, DelayedReadout, Fit, PerStep, early_exit, exit_curve, prefixes, streamed, zoo
 from lmh.calibrate import Max
 from lmh.convert import EventFrames, Gated, convert, deploy
 from lmh.errors import ArgumentError, DataError
+from lmh.footprint import Part, live_bytes, part_of
 from lmh.time_axis import time_axis
 from maxpool_nets import converted
 
@@ -61,6 +62,55 @@ def test_chunks_give_what_one_run_gives(name: str, chunk: int) -> None:
     assert torch.allclose(found, expected, atol=1e-5)
     assert not found.requires_grad
     assert torch.equal(snn(x), expected)  # nothing is kept
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 3.5, 1e6])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_fits_gives_what_one_run_gives(name: str, share: float) -> None:
+    """``share``: of what one sample takes over all T steps."""
+    snn, x = NETWORKS[name]()
+    snn = snn.eval()
+    sample = x[:, :1] if name == "event frames" else x[:1]
+    one, two = (live_bytes(snn, [sample], steps) for steps in (1, 2))
+    whole = one + (two - one) * (T - 1)
+    fit = Fit(share * whole / 1e6)
+    with torch.inference_mode():
+        part = part_of(snn, [x], fit)
+    count = x.shape[1] if name == "event frames" else len(x)
+    if share < 1:
+        assert part.samples == 1
+        assert one + (two - one) * (part.steps - 1) <= max(share * whole, one)
+        assert 1 <= part.steps < T
+    else:
+        assert part == Part(min(int(share), count), T)
+    assert torch.allclose(streamed(snn, x, chunk=fit), snn(x), atol=1e-5)
+    assert streamed(snn, x, chunk=Fit()).shape == (count, *snn(x).shape[1:])
+
+
+def test_the_bytes_between_nodes_are_counted_as_by_hand() -> None:
+    """At the largest node live 8 spikes and 100 answers of every step, beside the states of 8 neurons."""
+    torch.manual_seed(0)
+    snn = convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 100)), 4, data=torch.rand(16, 4)).snn.eval()
+    sizes = {steps: live_bytes(snn, [torch.rand(1, 4)], steps) for steps in (1, 2, 3)}
+    states, values = 2 * 8, {steps: 8 * steps + 100 * steps for steps in sizes}  # v_D, v_S; spikes and answers
+    assert sizes == {steps: 4 * (states + values[steps]) for steps in sizes}
+
+
+def test_free_memory_that_is_unknown_must_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> str:
+        raise OSError
+
+    snn, x = NETWORKS["images"]()
+    monkeypatch.setattr("pathlib.Path.read_text", unknown)
+    monkeypatch.setattr("os.sysconf", unknown)
+    with pytest.raises(ArgumentError, match=r"Pass Fit\(megabytes=2000\)"):
+        streamed(snn, x, chunk=Fit())
+    assert streamed(snn, x, chunk=Fit(megabytes=1)).shape == (len(x), 10)
+    with pytest.raises(ArgumentError, match=r"the network is a Sequential; expected the fx\.GraphModule"):
+        streamed(nn.Sequential(snn), x, chunk=Fit())
+    assert streamed(snn, x[:0], chunk=Fit(megabytes=1)).shape == (0, 10)
+    with pytest.raises(ArgumentError, match="megabytes is 0; expected a number above 0"):
+        Fit(megabytes=0)
 
 
 @pytest.mark.parametrize("confidence", [0.0, 0.4, 0.9, 1.0])

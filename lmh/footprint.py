@@ -1,0 +1,130 @@
+"""How much of an inference runs at once: what fits into memory, by a rule.
+
+One sample is run with one step and with two, and the tensors that live between the nodes of the graph are added up at
+every node. The largest sum is f + c s bytes for s steps at once: f for what does not depend on time, c for each step.
+Then
+
+1. as many samples as fit run at once, each over all T steps: ⌊memory / (f + c T)⌋;
+2. where not one fits, one sample runs at a time, in chunks of as many steps as fit, and keeps its state between them.
+
+What layers need inside of them is not counted, so half of the free memory is used unless it is said how much.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .errors import ArgumentError
+from .time_axis import Readout, call, carry_state, takes_events, time_axis
+
+
+@dataclass(frozen=True)
+class Fit:
+    """As many samples, else steps, as fit into memory (:mod:`lmh.footprint`).
+
+    Attributes:
+        megabytes: what the tensors may take, in 10⁶ bytes; half of what is free unless given.
+    """
+
+    megabytes: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.megabytes is not None and not self.megabytes > 0:
+            raise ArgumentError(f"Fit: megabytes is {self.megabytes!r}; expected a number above 0, or None.")
+
+
+class Part(NamedTuple):
+    """How many samples and steps run at once."""
+
+    samples: int
+    steps: int
+
+
+def part_of(snn: nn.Module, inputs: Sequence[Tensor], fit: Fit) -> Part:
+    """Return what fits; runs in eval mode and without gradients are the caller's.
+
+    Args:
+        snn: a converted network.
+        inputs: as it takes them, at least one sample.
+        fit: into how much.
+
+    Raises:
+        ArgumentError: if the network is wrapped, or the free memory is unknown here.
+    """
+    if not isinstance(snn, fx.GraphModule):
+        raise ArgumentError(
+            f"Fit: the network is a {type(snn).__name__}; expected the fx.GraphModule that convert, load or deploy "
+            "returned. Pass that, not a wrapper around it."
+        )
+    timesteps = time_axis(snn).timesteps
+    axis = 1 if takes_events(snn) else 0
+    sample = [x.narrow(axis, 0, 1) for x in inputs]
+    memory = _free(inputs[0].device) / 2 if fit.megabytes is None else 1e6 * fit.megabytes
+    one = live_bytes(snn, sample, 1)
+    step = live_bytes(snn, sample, 2) - one if timesteps > 1 else 0
+    fixed = one - step
+    whole = int(memory // max(fixed + step * timesteps, 1))
+    if whole:
+        return Part(min(whole, inputs[0].shape[axis]), timesteps)
+    return Part(1, min(max(int((memory - fixed) // max(step, 1)), 1), timesteps))
+
+
+def live_bytes(snn: fx.GraphModule, inputs: Sequence[Tensor], steps: int) -> int:
+    """Return the largest sum of the tensors between nodes in a run of some steps, the states of the neurons included.
+
+    >>> from lmh.convert import load
+    >>> snn, x = load("zoo:digits-cnn-t4"), torch.zeros(1, 1, 8, 8)
+    >>> one, two = (live_bytes(snn, [x], steps) for steps in (1, 2))
+    >>> one < two < 2 * one
+    True
+    """
+    if takes_events(snn):
+        inputs = [x[:steps] for x in inputs]
+    watch = _Watch(snn)
+    with call(time_axis(snn), Readout.PER_STEP, steps), carry_state(snn):
+        watch.run(*inputs)
+        states = [vars(module).get("_carried") for module in snn.modules()]
+        return watch.most + sum(_storages(states).values())
+
+
+class _Watch(fx.Interpreter):
+    """Runs a graph and adds up what lives at every node."""
+
+    most = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.most = max(self.most, sum(_storages([value, *self.env.values()]).values()))
+        return value
+
+
+def _storages(values: Any) -> dict[int, int]:
+    """Return the bytes of every piece of memory that tensors hold, by its address."""
+    storages = [leaf.untyped_storage() for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _free(device: torch.device) -> float:
+    """Return the bytes that new tensors can take."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kilobytes = {line.split(":")[0]: line.split()[1] for line in lines}
+        return 1024.0 * float(kilobytes["MemAvailable"])
+    except (OSError, KeyError):
+        pass
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError) as error:
+        raise ArgumentError(
+            "Fit: how much memory is free is unknown on this machine; expected it to be said. Pass Fit(megabytes=2000)."
+        ) from error
