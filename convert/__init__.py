@@ -1,6 +1,6 @@
 """Conversion: from any pretrained ANN to a spiking network, and back from a file."""
 
-from .deploy import deploy
+from .deploy import deploy, spike_changes
 from .loading import Source, load_source
 from .maxpool import MAXPOOLS, AveragePool, BeforeNeuron, Gated, WhereExact
 from .normalisation import NORMALISATIONS, TEBN, PlainBatchNorm, TdBN
@@ -39,4 +39,5 @@ __all__ = [
     "prepare",
     "refine",
     "save",
+    "spike_changes",
 ]

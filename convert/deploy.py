@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..errors import ArgumentError
+from ..eval_mode import in_eval_mode
 from ..frozen import FrozenSite
 from ..int8 import SpikeLayer
 from ..int8 import available as int8_layers_exist
@@ -156,6 +157,44 @@ def deploy(
     model.recompile()
     model.meta.pop(MANIFEST, None)
     return model if example is None else _faster(model, (example,) if isinstance(example, Tensor) else tuple(example))
+
+
+def spike_changes(snn: fx.GraphModule, deployed: fx.GraphModule, *inputs: Tensor) -> dict[str, float]:
+    """Return how many spikes a deployed network has in other places, by site.
+
+    Args:
+        snn: the network that was deployed.
+        deployed: the copy.
+        *inputs: as they take them.
+
+    Returns:
+        By the path of a site the share of its neurons and steps that spike in one network and not in the other, as a
+        part of the spikes of ``snn``; 0 for a silent site.
+
+    >>> from lmh.convert import load
+    >>> snn, x = load("zoo:digits-cnn-t4"), torch.rand(8, 1, 8, 8)
+    >>> changes = spike_changes(snn, deploy(snn, dtype=torch.bfloat16), x)
+    >>> list(changes), all(0 <= share < 0.2 for share in changes.values())
+    (['stem.2', 'block.relu1', 'block.relu2', 'down.2'], True)
+    """
+    before, after = _spikes(snn, inputs), _spikes(deployed, inputs)
+    return {path: float((spikes ^ after[path]).sum() / spikes.sum().clamp_min(1)) for path, spikes in before.items()}
+
+
+def _spikes(snn: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return which neurons spike at which step in one call, by site."""
+    found: dict[str, Tensor] = {}
+    handles = [
+        site.register_forward_hook(lambda _, __, output, path=path: found.update({path: output > 0}))
+        for path, site in sites(snn).items()
+    ]
+    try:
+        with in_eval_mode(snn), torch.inference_mode():
+            snn(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _check_int8(dtype: torch.dtype) -> None:

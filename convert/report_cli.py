@@ -12,6 +12,7 @@ import click
 import torch
 
 from .. import zoo
+from ..arguments import split_batch
 from ..errors import ArgumentError, LMHError
 from ..evaluation import evaluate
 from ..results import describe_network
@@ -30,7 +31,7 @@ from .cli_inputs import (
     evaluation_batch,
     refuse_normalisation,
 )
-from .deploy import deploy
+from .deploy import deploy, spike_changes
 from .loading import load_again
 from .spike import EventFrames
 from .storage import MANIFEST, load
@@ -117,8 +118,13 @@ def report(
     notices += assumption_notices(preprocessing, assumed)
     notices.append(f"Samples: test {len(order)} of {len(test)} in the order of seed {seed}.")
     if form is not None:
-        snn = deploy(snn, **FORMS[form])
-        notices.append(f"Measured: the copy for inference, in {form}.")
+        fast = deploy(snn, **FORMS[form])
+        changes = spike_changes(snn, fast, *split_batch("report: data", next(iter(batches)), 1)[0])
+        share = sum(changes.values()) / len(changes)
+        notices.append(
+            f"Measured: the copy for inference, in {form}; {100 * share:.1f} % of the spikes of a site moved."
+        )
+        snn = fast
     leaving = None
     if confidence is not None:
         (leaving,) = exit_curve(snn, terminal.track(batches, "leaving early", batches.count), [confidence])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from commands import succeed
 from lmh import LMH, PerStep, early_exit, evaluate, per_step, sites, streamed, zoo
-from lmh.convert import Conversion, convert, deploy, load
+from lmh.convert import Conversion, convert, deploy, load, spike_changes
 from lmh.errors import ArgumentError
 from lmh.int8 import SpikeConv2d, SpikeLayer, SpikeLinear, Weighted, available, int8_kind
 from test_export_deploy import SHAPE, learned, mean_size, residual_conversion
@@ -185,6 +186,23 @@ def test_int8_without_its_products_is_refused(monkeypatch: pytest.MonkeyPatch) -
         deploy(mixed_conversion(), int8=True)
 
 
+def test_moved_spikes_are_counted_site_by_site() -> None:
+    conversion, x = mixed_conversion(), torch.randn(50, 2, 8, 8)
+    snn, fast = conversion.snn, deploy(conversion)
+    assert max(spike_changes(snn, fast, x).values()) < 1e-3
+    first, *others = sites(fast)
+    sites(fast)[first].theta.mul_(1.1)
+    changes = spike_changes(snn, fast, x)
+    outputs = {}
+    for name, network in (("before", snn), ("after", fast)):
+        sites(network)[first].register_forward_hook(lambda _, __, out, name=name: outputs.update({name: out > 0}))
+        network(x)
+    moved = float((outputs["before"] != outputs["after"]).sum() / outputs["before"].sum())
+    assert changes[first] == pytest.approx(moved)
+    assert 0.05 < moved < 1
+    assert all(changes[site] > 0 for site in others)
+
+
 @pytest.mark.parametrize("form", ["bf16", pytest.param("int8", marks=needs_int8)])
 def test_the_report_measures_the_copy_for_inference_and_early_exit(form: str) -> None:
     arguments = ("report", "zoo:digits-cnn-t4", "--data", "digits", "--json")
@@ -199,7 +217,7 @@ def test_the_report_measures_the_copy_for_inference_and_early_exit(form: str) ->
     leaving = found["early_exit"]
     assert (leaving["samples"], leaving["confidence"], 1 < leaving["steps"] < 3) == (360, 0.9, True)
     assert leaving["accuracy"] > 0.98
-    assert f"the copy for inference, in {form}" in printed.err
+    assert re.search(rf"the copy for inference, in {form}; \d+\.\d % of the spikes of a site moved", printed.err)
     assert (
         f"Early exit at 0.9: {100 * leaving['accuracy']:.2f} % after {leaving['steps']:.2f} of 4 steps" in printed.err
     )
