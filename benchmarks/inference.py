@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lmh import __version__, sites
 from lmh.convert import Conversion, convert, deploy, prepare
+from lmh.int8 import available
 from lmh.pages import keep_freed_memory
 from lmh.torchvision_shim import torchvision
 
@@ -97,6 +98,11 @@ def measured(sides: dict[str, Work], rounds: int) -> dict[str, list[float]]:
     return taken
 
 
+def ratio_to(base: list[float], side: list[float]) -> float:
+    """The median of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(side, base, strict=True))
+
+
 def convolution_share(work: Work) -> float:
     """The part of the time that convolutions and matrix products take."""
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiled:
@@ -112,7 +118,8 @@ def row(name: str, timesteps: int, images: Tensor, rounds: int, with_profile: bo
     last = copy.deepcopy(ann).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     conversion = convert(ann, timesteps, data=images)
     narrow = copy.deepcopy(last).to(torch.bfloat16)
-    networks = {form: deploy(conversion, example=images, **options) for form, options in FORMS.items()}
+    forms = {form: options for form, options in FORMS.items() if available() or "int8" not in options}
+    networks = {form: deploy(conversion, example=images, **options) for form, options in forms.items()}
     snn = networks["deployed"]
     images_last = images.contiguous(memory_format=torch.channels_last)
     sides: dict[str, Work] = {
@@ -130,7 +137,7 @@ def row(name: str, timesteps: int, images: Tensor, rounds: int, with_profile: bo
     taken = measured(sides, rounds)
     base = min(("ANN", "ANN, channels last"), key=lambda side: statistics.median(taken[side]))
     for side, times in taken.items():
-        ratio = statistics.median(a / b for a, b in zip(times, taken[base], strict=True))
+        ratio = ratio_to(taken[base], times)
         found[side] = {"ms": round(statistics.median(times), 2), "ratio": round(ratio, 3)}
         print(f"{name:10} T = {timesteps:<4}{side:20}{found[side]['ms']:10.1f} ms{ratio:8.2f} ×")
     if with_profile:
@@ -167,7 +174,7 @@ def main(
             found = row(name, timesteps, images, rounds, with_profile)
             rows.append(found)
             figures[f"{name}_t{timesteps}"] = found["deployed"]["ratio"]
-            for form in list(FORMS)[1:]:
+            for form in [form for form in list(FORMS)[1:] if form in found]:
                 figures[f"{name}_t{timesteps}_{form.replace(', ', '_')}"] = found[form]["ratio"]
             figures[f"peer_{name}_t{timesteps}"] = found["peer"]["ratio"] if "peer" in found else None
     print(json.dumps({**figures, "rows": rows}))
