@@ -61,10 +61,14 @@ def run(name: str, quick: bool) -> tuple[str, dict[str, Any] | None]:
     minutes = (datetime.now(UTC) - started).total_seconds() / 60
     shown = " ".join(["python", f"benchmarks/{name}.py", *options])
     head = f"`{shown}`, {started:%Y-%m-%d %H:%M} UTC, {minutes:.0f} min.\n{machine()}"
-    if done.returncode:
-        *_, reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    try:
+        figures = json.loads(last) if done.returncode == 0 else None
+    except json.JSONDecodeError:
+        figures = None
+    if figures is None:
+        *_, reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}, no figures"]
         return f"{head}\n\nNot run: {reason}", None
-    return f"{head}\n\n```text\n" + "\n".join(lines) + "\n```", json.loads(last)
+    return f"{head}\n\n```text\n" + "\n".join(lines) + "\n```", figures
 
 
 def sections(text: str) -> dict[str, str]:
@@ -82,11 +86,11 @@ def _text(path: Path) -> str:
 
 @click.command()
 @click.option("--only", "names", multiple=True, type=click.Choice(NAMES), help="All unless given.")
-@click.option("--output", default=str(RESULTS), help="Default: benchmarks/results.md.")
-@click.option("--quick", is_flag=True, help="Two scripts with --quick, into results.md here: no figures to quote.")
-def main(names: tuple[str, ...], output: str, quick: bool) -> None:
+@click.option("--output", type=click.Path(path_type=Path), help="benchmarks/results.md, with --quick results.md here.")
+@click.option("--quick", is_flag=True, help="Two scripts unless named, with --quick: no figures to quote.")
+def main(names: tuple[str, ...], output: Path | None, quick: bool) -> None:
     """Run the scripts and write what they print."""
-    target = Path("results.md" if quick else output)
+    target = output or (Path("results.md") if quick else RESULTS)
     print(f"seed: that of each script; {machine()}")
     figures: dict[str, Any] = {}
     for name in names or (QUICK if quick else NAMES):

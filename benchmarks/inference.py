@@ -21,7 +21,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -98,6 +98,11 @@ def measured(sides: dict[str, Work], rounds: int) -> dict[str, list[float]]:
     return taken
 
 
+def faster(taken: dict[str, list[float]], sides: Sequence[str]) -> str:
+    """The side with the smaller median."""
+    return min(sides, key=lambda side: statistics.median(taken[side]))
+
+
 def ratio_to(base: list[float], side: list[float]) -> float:
     """The median of the ratios within a round."""
     return statistics.median(a / b for a, b in zip(side, base, strict=True))
@@ -135,7 +140,7 @@ def row(name: str, timesteps: int, images: Tensor, rounds: int, with_profile: bo
             ours, theirs = snn(images), sides["peer"]()
         found["peer_difference"] = round(float((ours - theirs).norm() / ours.norm()), 6)
     taken = measured(sides, rounds)
-    base = min(("ANN", "ANN, channels last"), key=lambda side: statistics.median(taken[side]))
+    base = faster(taken, ("ANN", "ANN, channels last"))
     for side, times in taken.items():
         ratio = ratio_to(taken[base], times)
         found[side] = {"ms": round(statistics.median(times), 2), "ratio": round(ratio, 3)}

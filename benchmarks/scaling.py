@@ -26,7 +26,7 @@ from typing import Any
 
 import click
 import torch
-from inference import folded_ann, measured, ratio_to
+from inference import faster, folded_ann, measured, ratio_to
 from torch import Tensor, nn
 
 from lmh import __version__
@@ -38,9 +38,10 @@ from lmh.torchvision_shim import torchvision
 TIMESTEPS, BATCHES, WIDTHS = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32), (16, 32, 64, 128)
 DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 FIRST_CALL = """
-import time, torch
+import sys, time, torch
 from lmh.convert import convert, deploy
 from lmh.torchvision_shim import torchvision
+torch.set_num_threads(int(sys.argv[1]))
 torch.manual_seed(0)
 x = torch.randn(8, 3, 32, 32)
 snn = deploy(convert(torchvision().models.resnet18(weights=None).eval(), 4, data=x))
@@ -72,7 +73,7 @@ def ratios(ann: nn.Module, images: Tensor, timesteps: int, rounds: int) -> dict[
     networks = {form: deploy(conversion, example=images, int8=int8) for form, int8 in forms.items()}
     sides = {form: partial(network, images) for form, network in networks.items()}
     taken = measured({"ANN": lambda: ann(images), "last": lambda: last(images_last), **sides}, rounds)
-    base = min(("ANN", "last"), key=lambda side: sum(taken[side]))
+    base = faster(taken, ("ANN", "last"))
     return {form: round(ratio_to(taken[base], taken[form]), 3) for form in forms}
 
 
@@ -96,15 +97,13 @@ def conversion_row(name: str) -> dict[str, float]:
     }
 
 
-def first_calls() -> dict[str, float]:
+def first_calls(threads: int) -> dict[str, float]:
     """Seconds of the first call with an empty cache, with a full one, and of a second call."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+        command = [sys.executable, "-c", FIRST_CALL, str(threads)]
         outputs = [
-            subprocess.run(
-                [sys.executable, "-c", FIRST_CALL], env=environment, capture_output=True, text=True, check=True
-            )
-            for _ in range(2)
+            subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2)
         ]
     (cold, _), (warm, again) = (map(float, output.stdout.split()) for output in outputs)
     return {"empty_cache": round(cold, 2), "full_cache": round(warm, 2), "second_call": round(again, 4)}
@@ -141,7 +140,7 @@ def main(rounds: int, threads: int, quick: bool) -> None:
     depth = {name: conversion_row(name) for name in DEPTHS[: 1 if quick else None]}
     for name, row in depth.items():
         print(f"{name:12}{row['forward']:10.2f}{row['without_data']:10.2f}{row['minerror']:10.2f}")
-    compiling = first_calls()
+    compiling = first_calls(threads)
     print("\nfirst call in a process: " + ", ".join(f"{name} {value} s" for name, value in compiling.items()))
     print(json.dumps({**curves, "depth": depth, "first_call": compiling}))
 

@@ -20,11 +20,12 @@ from ..eval_mode import in_eval_mode
 from ..frozen import FrozenSite
 from ..int8 import SpikeLayer
 from ..int8 import available as int8_layers_exist
+from ..kernels import Kernel, use_kernel
 from ..op_table import BATCHNORM_MODULES, SYNAPSE_MODULES
 from ..ops import module_of
 from ..shapes import node_values
 from ..spiking import sites
-from ..structures import SampleShape, Shape, as_sample_shape, batched, each_shape
+from ..structures import SampleShape, Shape, as_sample_shape, batched, each_shape, each_tensor, example_tensor
 from ..time_axis import Readout, Timed, call, takes_events, time_axis
 from .freeze import TRANSPOSED, freeze_sites
 from .paths import unique_path
@@ -113,30 +114,30 @@ def deploy(
     1. BatchNorm is folded (:func:`fold_batchnorm`).
     2. Where nothing but weighted layers read the output θ s of a site, straight or through pools, flattening and
        dropout, θ goes into their weights, W' = W θ for each input channel, and the site gives s, 0 or 1.
-    3. The neurons are constants, and run as one pass over all steps, compiled where that is worth it.
-    4. With an ``example``, channels first or channels last in memory: what was faster on it, in this process.
-
+    3. With ``int8``, convolutions [N, C, H, W] and linear layers that read a site, straight or flattened, take its
+       spikes as whole numbers and have int8 weights, by output channel (lmh/int8.py); what else reads it gets θ s.
+    4. The neurons are constants, and run as one pass over all steps, compiled where that is worth it.
     5. With a ``dtype`` of 16 bits, weights and currents are of it; potentials stay float32.
-    6. With ``int8``, convolutions [N, C, H, W] and linear layers that read a site take its spikes as whole numbers and
-       have int8 weights, by output channel (lmh/int8.py); what else reads the site gets θ s.
+    6. With an ``example``, channels first or channels last in memory: what was faster on it, in this process.
 
     The equations stay. Folding rounds the weights anew, so a potential can come to lie on the other side of θ: single
-    spikes differ, and with them single outputs, by a few θ/T.
+    spikes differ, and with them single outputs, by a few θ/T. 16 bits and int8 round more (:func:`spike_changes`).
 
     Args:
         network: from ``convert`` or ``load``; not changed. Keep it: a deployed one is not trained, saved or exported.
         example: an input, [N, *F] or [T, N, *F], or a sequence of several, such as will come later.
         input_shape: of one sample, without batch (a shape for each of several inputs); not needed for a Conversion or
             a loaded network.
-        dtype: that of the network unless given; float32, bfloat16 or float16. Inputs are cast to it, outputs back.
-        int8: round weights to int8, for x86 CPUs.
+        dtype: torch.float32, torch.bfloat16 or torch.float16; that of the network unless given. Inputs are cast to it
+            and outputs back; a cast in the network itself (``x.float()``) stays.
+        int8: round weights to int8, for x86 CPUs; around them float32 or bfloat16.
 
     Returns:
         An ordinary module, on the CPU and in eval mode. ``per_step``, ``carry_state`` and ``evaluate`` take it.
 
     Raises:
-        ArgumentError: if it is not a spiking network, or deployed already; if the dtype is another, or int8 is asked
-            for with a dtype or on a machine that has none of it.
+        ArgumentError: if it is not a spiking network, or deployed already; if there is no such dtype, or the network
+            casts to another in between; if no layer can have int8 weights, or this machine has no product for them.
 
     >>> from lmh.convert import load
     >>> snn, x = load("zoo:digits-cnn-t4"), torch.rand(8, 1, 8, 8)
@@ -144,41 +145,55 @@ def deploy(
     >>> torch.equal(fast(x).argmax(1), snn(x).argmax(1)), [site.binary for site in sites(fast).values()]
     (True, [False, True, True, True])
     """
+    given = example_tensor(network_of(network)).dtype
+    dtype = _checked_dtype(given if dtype is None else dtype, given, int8)
     model = fold_batchnorm(network, input_shape=input_shape)
-    flat = _flat_outputs(model, sample_shape_of(network, input_shape))
-    given = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    dtype = given if dtype is None else dtype
-    if int8:
-        _check_int8(dtype)
-    freeze_sites(model, flat, int8=dtype if int8 else None)
+    shape = sample_shape_of(network, input_shape)
+    freeze_sites(model, _flat_outputs(model, shape), int8=dtype if int8 else None)
+    if int8 and not any(isinstance(module, SpikeLayer) for module in model.modules()):
+        raise ArgumentError(
+            "deploy: int8=True was asked for and no layer can have it; expected a convolution [N, C, H, W] or a linear "
+            "layer that alone reads a site's spikes, straight or flattened, and is called once, with a θ that is the "
+            "same at every step. Leave it out."
+        )
     if dtype != given:
         _compute_in(model, dtype, given)
     model.graph.lint()
     model.recompile()
     model.meta.pop(MANIFEST, None)
+    if dtype != given and shape is not None:
+        _check_casts(model, shape, dtype, given)
     return model if example is None else _faster(model, (example,) if isinstance(example, Tensor) else tuple(example))
 
 
-def spike_changes(snn: fx.GraphModule, deployed: fx.GraphModule, *inputs: Tensor) -> dict[str, float]:
+def spike_changes(network: Conversion | fx.GraphModule, deployed: fx.GraphModule, *inputs: Tensor) -> dict[str, float]:
     """Return how many spikes a deployed network has in other places, by site.
 
     Args:
-        snn: the network that was deployed.
+        network: what was deployed, on the CPU.
         deployed: the copy.
         *inputs: as they take them.
 
     Returns:
-        By the path of a site the share of its neurons and steps that spike in one network and not in the other, as a
-        part of the spikes of ``snn``; 0 for a silent site.
+        By the path of a site the share of its neurons and steps at which one network spikes and the other does not.
+
+    Raises:
+        ArgumentError: if the two have other sites.
 
     >>> from lmh.convert import load
     >>> snn, x = load("zoo:digits-cnn-t4"), torch.rand(8, 1, 8, 8)
     >>> changes = spike_changes(snn, deploy(snn, dtype=torch.bfloat16), x)
-    >>> list(changes), all(0 <= share < 0.2 for share in changes.values())
+    >>> list(changes), all(0 <= share < 0.05 for share in changes.values())
     (['stem.2', 'block.relu1', 'block.relu2', 'down.2'], True)
     """
+    snn = network_of(network)
+    if list(sites(snn)) != list(sites(deployed)):
+        raise ArgumentError(
+            f"spike_changes: the sites are {', '.join(sites(snn))} and {', '.join(sites(deployed))}; expected the "
+            "same. Pass a network and the copy that deploy made of it."
+        )
     before, after = _spikes(snn, inputs), _spikes(deployed, inputs)
-    return {path: float((spikes ^ after[path]).sum() / spikes.sum().clamp_min(1)) for path, spikes in before.items()}
+    return {path: float((spikes ^ after[path]).float().mean()) for path, spikes in before.items()}
 
 
 def _spikes(snn: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -197,24 +212,25 @@ def _spikes(snn: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _check_int8(dtype: torch.dtype) -> None:
-    """Refuse int8 layers that this machine or dtype has no product for."""
-    if dtype not in (torch.float32, torch.bfloat16):
+def _checked_dtype(dtype: torch.dtype, given: torch.dtype, int8: bool) -> torch.dtype:
+    """Return the dtype to compute in, or refuse it."""
+    allowed = [torch.float32, torch.bfloat16] + ([] if int8 else [torch.float16, given])
+    if dtype not in allowed:
+        names = ", ".join(map(str, dict.fromkeys(allowed)))
         raise ArgumentError(
-            f"deploy: int8=True came with {dtype}; expected float32 or bfloat16 around int8 layers. Pass one of them "
-            "as dtype=."
+            f"deploy: dtype is {dtype}{' with int8=True' if int8 else ''}; expected one of {names}. "
+            "Pass dtype=torch.bfloat16, say."
         )
-    if not int8_layers_exist():
+    if int8 and not int8_layers_exist():
         raise ArgumentError(
             "deploy: int8=True was asked for and this build of torch has no oneDNN; expected one for x86 CPUs. Leave "
             "it out."
         )
+    return dtype
 
 
 def _compute_in(model: fx.GraphModule, dtype: torch.dtype, given: torch.dtype) -> None:
     """Make weights and currents of another dtype, and outputs again of the one that was given."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ArgumentError(f"deploy: dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16.")
     for module in model.modules():
         if not isinstance(module, (FrozenSite, SpikeLayer)):
             for tensors in (module._parameters, module._buffers):
@@ -232,9 +248,21 @@ def _compute_in(model: fx.GraphModule, dtype: torch.dtype, given: torch.dtype) -
                 node.args = fx.map_arg(node.args, lambda value: graph.call_function(_cast, (value, given)))
 
 
-def _cast(x: Any, dtype: torch.dtype) -> Any:
-    """A tensor of floating point in another dtype; anything else as it is."""
-    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Tensors of floating point in another dtype, also those in a tuple; anything else as it is."""
+    return each_tensor(lambda x: x.to(dtype) if x.is_floating_point() else x, value)
+
+
+def _check_casts(model: fx.GraphModule, shape: SampleShape, dtype: torch.dtype, given: torch.dtype) -> None:
+    """Run one sample of zeros, which fails where the network computes with two dtypes."""
+    try:
+        with torch.inference_mode(), use_kernel(Kernel.EAGER):
+            model(*(torch.zeros(size, dtype=given) for size in input_shapes_of(model, shape, 1)))
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"deploy: the network does not run in {dtype} ({error}); expected one without a cast or a constant of "
+            "another dtype in its forward. Leave dtype out."
+        ) from error
 
 
 def fold_batchnorm(network: Conversion | fx.GraphModule, *, input_shape: Sequence[Any] | None = None) -> fx.GraphModule:

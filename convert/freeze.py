@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..frozen import FrozenSite
 from ..gate import Accumulate, Increments
-from ..int8 import SpikeLinear, Weighted, int8_kind
+from ..int8 import SpikeLinear, Thresholded, int8_kind
 from ..op_table import (
     AVGPOOL_FUNCTIONS,
     AVGPOOL_MODULES,
@@ -83,12 +83,12 @@ def _to_int8(
     reading = {layer.all_input_nodes[0] if flattened else layer for layer, flattened in layers}
     others = [user for user in node.users if user not in reading]
     if others:
-        weighted_path = unique_path(model, f"{path}_weighted")
-        model.add_submodule(weighted_path, Weighted(site.v_threshold, dtype))
+        thresholded_path = unique_path(model, f"{path}_thresholded")
+        model.add_submodule(thresholded_path, Thresholded(site.v_threshold, dtype))
         with model.graph.inserting_after(node):
-            weighted = model.graph.call_module(weighted_path, (node,))
-        node.replace_all_uses_with(weighted, delete_user_cb=lambda user: user in others)
-    model.set_submodule(path, FrozenSite(site, binary=True, narrow=True))
+            thresholded = model.graph.call_module(thresholded_path, (node,))
+        node.replace_all_uses_with(thresholded, delete_user_cb=lambda user: user in others)
+    model.set_submodule(path, FrozenSite(site, binary=True, uint8=True))
 
 
 def _fold_threshold(model: fx.GraphModule, node: fx.Node, site: SpikingSite, flat: IsFlat) -> bool:

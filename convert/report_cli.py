@@ -117,12 +117,15 @@ def report(
     ann, notices = source_ann(manifest["source"], source, trust_pickle, modules)
     notices += assumption_notices(preprocessing, assumed)
     notices.append(f"Samples: test {len(order)} of {len(test)} in the order of seed {seed}.")
+    changes = None
     if form is not None:
         fast = deploy(snn, **FORMS[form])
-        changes = spike_changes(snn, fast, *split_batch("report: data", next(iter(batches)), 1)[0])
-        share = sum(changes.values()) / len(changes)
+        inputs, _ = split_batch("report: data", next(iter(batches)), 1)
+        changes = spike_changes(snn, fast, *inputs)
+        share = 100 * sum(changes.values()) / len(changes)
         notices.append(
-            f"Measured: the copy for inference, in {form}; {100 * share:.1f} % of the spikes of a site moved."
+            f"Measured: the copy for inference, in {form}; in the first {batches.batch_size} samples spikes differ at "
+            f"{share:.2f} % of neurons and steps, on average over sites. The energy is that of 32 bits."
         )
         snn = fast
     leaving = None
@@ -138,7 +141,8 @@ def report(
     found = describe_network(
         snn, source=file, calibration=calibration, nodes=nodes, evaluation=evaluation, notices=notices
     )
-    return {**found, "deployed": form, "early_exit": None if leaving is None else asdict(leaving)}
+    early = None if leaving is None else asdict(leaving)
+    return {**found, "deployed": form, "spike_changes": changes, "early_exit": early}
 
 
 def stored_preprocessing(

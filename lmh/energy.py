@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from .gate import Increments
-from .int8 import SpikeLayer, Weighted
+from .int8 import SpikeLayer, Thresholded
 from .op_table import CONTRACTIONS, Kind
 from .ops import argument, kind_of, module_of, signal_input
 from .records import LayerWork
@@ -59,7 +59,7 @@ def binary_nodes(snn: fx.GraphModule) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in snn.graph.nodes:
         module = module_of(node)
-        moves = kind_of(node) in (Kind.SHAPE, Kind.MAXPOOL) or isinstance(module, Weighted)
+        moves = kind_of(node) in (Kind.SHAPE, Kind.MAXPOOL) or isinstance(module, Thresholded)
         sources = [source for source in node.all_input_nodes if kind_of(source) is not Kind.SIZE]
         if isinstance(module, Increments):
             binary = _has_one_threshold(node.all_input_nodes[1])
@@ -80,7 +80,7 @@ def _has_one_threshold(spikes: fx.Node) -> bool:
         return not isinstance(module.neuron.granularity, PerStep)
     if isinstance(module, Increments):
         return _has_one_threshold(spikes.all_input_nodes[1])
-    if isinstance(module, Weighted):
+    if isinstance(module, Thresholded):
         return _has_one_threshold(spikes.all_input_nodes[0])
     joins = spikes.target in (torch.cat, torch.concat, torch.concatenate) and argument(spikes, 1, "dim", 0) == 1
     return joins and all(_has_one_threshold(source) for source in spikes.all_input_nodes)

@@ -18,7 +18,7 @@ from .op_table import Kind
 from .ops import kind_of, label, module_of, signal_input
 from .records import Evaluation, LayerWork
 from .spiking import SpikingSite
-from .structures import input_count, only_tensor
+from .structures import example_tensor, input_count, only_tensor
 from .time_axis import Readout, Timed, call, takes_events, time_axis
 
 
@@ -67,7 +67,7 @@ def evaluate(
         data = list(data.split(128, dim=1 if events else 0))
     check_batches("evaluate: data", data)
     score, counter = _Score(time.timesteps), _Counter(snn, time.timesteps, events)
-    like = next(snn.parameters())
+    like = example_tensor(snn)
     with in_eval_mode(snn, ann), torch.no_grad(), call(time, Readout.PREFIXES, None):
         for batch in data:
             given, y = split_batch("evaluate: data", batch, inputs)
@@ -86,8 +86,7 @@ def evaluate(
 
 
 def _ann_outputs(ann: nn.Module, inputs: Sequence[Tensor], events: bool) -> Tensor:
-    like = next(ann.parameters(), inputs[0])
-    inputs = [x.to(like) for x in inputs]
+    inputs = [x.to(example_tensor(ann)) for x in inputs]
     if not events:
         return only_tensor(ann(*inputs), "evaluate")
     outputs = only_tensor(ann(*(x.flatten(0, 1) for x in inputs)), "evaluate")

@@ -7,11 +7,14 @@ Then
 1. as many samples as fit run at once, each over all T steps: ⌊memory / (f + c T)⌋;
 2. where not one fits, one sample runs at a time, in chunks of as many steps as fit, and keeps its state between them.
 
-What layers need inside of them is not counted, so half of the free memory is used unless it is said how much.
+What layers need inside of them is not counted, so half of the free memory is used unless it is said how much. Free is
+what the system has, or the less that a control group (a container, a job of a cluster) may take; on a GPU also what
+torch keeps for itself.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +26,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .errors import ArgumentError
+from .kernels import Kernel, use_kernel
 from .time_axis import Readout, call, carry_state, takes_events, time_axis
+
+GROUPS = Path("/sys/fs/cgroup")
+GROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,13 +41,13 @@ class Fit:
     """As many samples, else steps, as fit into memory (:mod:`lmh.footprint`).
 
     Attributes:
-        megabytes: what the tensors may take, in 10⁶ bytes; half of what is free unless given.
+        megabytes: what the tensors between layers may take, in 10⁶ bytes; half of what is free unless given.
     """
 
     megabytes: float | None = None
 
     def __post_init__(self) -> None:
-        if self.megabytes is not None and not self.megabytes > 0:
+        if self.megabytes is not None and not 0 < self.megabytes < math.inf:
             raise ArgumentError(f"Fit: megabytes is {self.megabytes!r}; expected a number above 0, or None.")
 
 
@@ -89,7 +99,7 @@ def live_bytes(snn: fx.GraphModule, inputs: Sequence[Tensor], steps: int) -> int
     if takes_events(snn):
         inputs = [x[:steps] for x in inputs]
     watch = _Watch(snn)
-    with call(time_axis(snn), Readout.PER_STEP, steps), carry_state(snn):
+    with use_kernel(Kernel.EAGER), call(time_axis(snn), Readout.PER_STEP, steps), carry_state(snn):
         watch.run(*inputs)
         states = [vars(module).get("_carried") for module in snn.modules()]
         return watch.most + sum(_storages(states).values())
@@ -115,7 +125,24 @@ def _storages(values: Any) -> dict[int, int]:
 def _free(device: torch.device) -> float:
     """Return the bytes that new tensors can take."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + kept)
+    return min([_free_of_system(), *_free_of_groups()])
+
+
+def _free_of_groups() -> list[float]:
+    """Return what control groups still allow this process, for those whose files are where containers see them."""
+    found = []
+    for most, used in GROUP_FILES:
+        try:
+            limit, taken = ((GROUPS / name).read_text(encoding="ascii").strip() for name in (most, used))
+            found.append(float(limit) - float(taken))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return found
+
+
+def _free_of_system() -> float:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         kilobytes = {line.split(":")[0]: line.split()[1] for line in lines}

@@ -34,7 +34,7 @@ class FrozenJob:
         static: the current is that of one step, taken T times.
         per_step: the first axis of every value is T.
         binary: the output is s, not θ s.
-        narrow: the output is uint8, not of the dtype of the current.
+        uint8: the output is uint8, not of the dtype of the current.
         numbers: the names of the coefficients that are 0 or 1 everywhere, and which.
         state: whether v_D[0] and v_S[0] are given; else they are 0.
         keep: whether the last state is wanted.
@@ -44,7 +44,7 @@ class FrozenJob:
     static: bool
     per_step: bool
     binary: bool
-    narrow: bool
+    uint8: bool
     numbers: tuple[tuple[str, float], ...]
     state: tuple[bool, bool]
     keep: bool
@@ -81,7 +81,7 @@ def frozen_pass(job: FrozenJob, form: object, currents: Tensor, *tensors: Tensor
         spikes = (membrane >= theta).to(dtype)
         output = spikes * theta
         soma = membrane - output
-        outputs.append((spikes if job.binary else output).to(torch.uint8 if job.narrow else currents.dtype))
+        outputs.append((spikes if job.binary else output).to(torch.uint8 if job.uint8 else currents.dtype))
     last = (dendrite, soma) if job.keep else ()
     return torch.cat(outputs), *(potential for potential in last if potential is not None)
 
@@ -102,13 +102,13 @@ class FrozenSite(SpikingSite):
     Args:
         site: whose neurons; not changed.
         binary: give s, 0 or 1, instead of θ s, where the next layers hold θ in their weights.
-        narrow: give it in uint8; only with ``binary``.
+        uint8: give it in uint8; only with ``binary``.
     """
 
-    def __init__(self, site: SpikingSite, *, binary: bool = False, narrow: bool = False) -> None:
+    def __init__(self, site: SpikingSite, *, binary: bool = False, uint8: bool = False) -> None:
         Timed.__init__(self, site.time)
         self.neuron, self.static = site.neuron, site.static
-        self.binary, self.narrow = binary, narrow
+        self.binary, self.uint8 = binary, uint8
         theta = site.v_threshold.detach()
         values = {name: value.detach() for name, value in zip(COEFFICIENTS, site.coefficients(), strict=True)}
         self.theta: Tensor
@@ -158,7 +158,7 @@ class FrozenSite(SpikingSite):
             self.static,
             self._per_step,
             self.binary,
-            self.narrow,
+            self.uint8,
             self.numbers,
             state=state,
             keep=self.time.carry,

@@ -62,12 +62,12 @@ class SpikeLayer(nn.Module):
 
     def forward(self, spikes: Tensor) -> Tensor:
         """Return W s + b in the layer's dtype, for s in uint8."""
+        if spikes.device.type != "cpu":
+            raise ArgumentError(
+                f"spikes on {spikes.device} came to an int8 layer; expected them on a CPU, which alone has its "
+                "product. Deploy the network without int8=True for other devices."
+            )
         if self._packed is None:
-            if spikes.device.type != "cpu":
-                raise ArgumentError(
-                    f"an int8 layer came to {spikes.device}; expected a CPU, which alone has its product. Deploy the "
-                    "network without int8=True for other devices."
-                )
             self._packed = self._pack(spikes.shape)
         return self._product(spikes, self._packed)
 
@@ -130,7 +130,7 @@ def int8_kind(layer: nn.Module | None) -> type[SpikeConv2d] | type[SpikeLinear] 
     return SpikeConv2d if padded else None
 
 
-class Weighted(nn.Module):
+class Thresholded(nn.Module):
     """θ s from s, for what reads the spikes and is no :class:`SpikeLayer`.
 
     Args:

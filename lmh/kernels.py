@@ -138,7 +138,9 @@ class Program:
 
         if not compiles(self.job):
             return self.plain(*tensors)
-        form = tuple((t.dtype, t.is_contiguous(), *(size == 1 for size in t.shape[-2:])) for t in tensors)
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        each = ((t.dtype, t.device, t.is_contiguous(), *(size == 1 for size in t.shape[-2:])) for t in tensors)
+        form = *modes, *each
         if form not in self._forms:
             self._forms.add(form)
             _free_sizes(tensors)

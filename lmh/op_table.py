@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .int8 import SpikeConv2d, SpikeLinear, Weighted
+from .int8 import SpikeConv2d, SpikeLinear, Thresholded
 from .qcfs import QCFS
 
 
@@ -74,7 +74,7 @@ VIEW_MODULES = (nn.Flatten, nn.Unflatten, *IDENTITY_MODULES)
 
 MODULE_KINDS: dict[type[nn.Module], Kind] = {
     **dict.fromkeys((*SYNAPSE_MODULES, SpikeConv2d, SpikeLinear), Kind.SYNAPSE),
-    **dict.fromkeys((*BATCHNORM_MODULES, *INSTANCENORM_MODULES, *AVGPOOL_MODULES, nn.Fold, Weighted), Kind.AFFINE),
+    **dict.fromkeys((*BATCHNORM_MODULES, *INSTANCENORM_MODULES, *AVGPOOL_MODULES, nn.Fold, Thresholded), Kind.AFFINE),
     **dict.fromkeys((*UPSAMPLE_MODULES, *CONSTANT_PAD_MODULES), Kind.AFFINE),
     **dict.fromkeys((*VIEW_MODULES, *PAD_MODULES, nn.PixelShuffle, nn.PixelUnshuffle), Kind.SHAPE),
     **dict.fromkeys((nn.ChannelShuffle, nn.Unfold), Kind.SHAPE),

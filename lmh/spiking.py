@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -91,20 +90,25 @@ class LMH:
 COEFFICIENTS = ("lambda_s", "lambda_d", "mu_s", "mu_d")
 
 
-def bounded(raw: Tensor, limits: Sequence[tuple[float, float, float]]) -> Tensor:
+def bounded(raw: Tensor, limits: Tensor) -> Tensor:
     """Map raw values onto (low, high): 0 gives the preset exactly, with slope 1 there (ours).
 
     Args:
         raw: [K, …].
-        limits: the preset, low and high of each of the K.
+        limits: [K, 3]: the preset, preset − low and high − preset of each of the K.
 
-    >>> bounded(torch.zeros(2), [(0.5, 0.0, 1.5), (1.0, 0.5, 1.5)])
+    >>> bounded(torch.zeros(2), torch.tensor([(0.5, 0.5, 1.0), (1.0, 0.5, 0.5)]))
     tensor([0.5000, 1.0000])
     """
-    numbers = raw.new_tensor([(preset, preset - low, high - preset) for preset, low, high in limits])
-    preset, down, up = numbers.reshape(len(limits), 3, *[1] * (raw.ndim - 1)).unbind(1)
+    preset, down, up = limits.to(raw.dtype).reshape(len(limits), 3, *[1] * (raw.ndim - 1)).unbind(1)
     reach = torch.where(raw < 0, down, up)
     return preset + reach * torch.tanh(raw / reach)
+
+
+def _limits(neuron: LMH) -> Tensor:
+    """The presets of λ_S, λ_D, μ_S and μ_D, and how far these reach below and above, [4, 3]."""
+    presets = [(getattr(neuron.preset, name), *getattr(neuron.ranges, name)) for name in COEFFICIENTS]
+    return torch.tensor([(preset, preset - low, high - preset) for preset, low, high in presets])
 
 
 def state_dtype(current: Tensor) -> torch.dtype:
@@ -162,6 +166,8 @@ class SpikingSite(Timed):
         self.v_init = nn.Parameter(start.float())
         for name in COEFFICIENTS:
             self.register_parameter(f"raw_{name}", nn.Parameter(torch.zeros(shape)))
+        self.limits: Tensor
+        self.register_buffer("limits", _limits(neuron), persistent=False)
         self.kernel: Kernel | None = None
         self._carried: tuple[State, int] | None = None
 
@@ -188,13 +194,8 @@ class SpikingSite(Timed):
 
     def coefficients(self) -> tuple[Tensor, ...]:
         """Return λ_S, λ_D, μ_S and μ_D, each of shape [], [C] or [T]."""
-        preset, ranges = self.neuron.preset, self.neuron.ranges
         raw = torch.stack([getattr(self, f"raw_{name}") for name in COEFFICIENTS])
-        return bounded(raw, [(getattr(preset, name), *getattr(ranges, name)) for name in COEFFICIENTS]).unbind()
-
-    def coefficient(self, name: str) -> Tensor:
-        """Return λ_S, λ_D, μ_S or μ_D by its name, shape [], [C] or [T]."""
-        return self.coefficients()[COEFFICIENTS.index(name)]
+        return bounded(raw, self.limits).unbind()
 
     def forward(self, current: Tensor) -> Tensor:
         """Run the neurons over the steps of this call.

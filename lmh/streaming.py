@@ -15,7 +15,7 @@ from .errors import ArgumentError, DataError
 from .eval_mode import in_eval_mode
 from .footprint import Fit, Part, part_of
 from .readout import MeanReadout
-from .structures import input_count, only_tensor
+from .structures import example_tensor, input_count, only_tensor
 from .time_axis import TimeAxis, Timed, carry_state, per_step, prefixes, takes_events, time_axis
 
 
@@ -59,7 +59,7 @@ def streamed(snn: nn.Module, *inputs: Tensor, chunk: int | Fit = 1) -> Tensor:
 def _in_chunks(snn: nn.Module, inputs: Sequence[Tensor], timesteps: int, chunk: int) -> Tensor:
     """Return the mean over T, run in chunks of steps."""
     total = torch.zeros(())
-    with _answering(snn):
+    with _answering(snn, carry=chunk < timesteps):
         for first in range(0, timesteps, chunk):
             steps = min(chunk, timesteps - first)
             total = _steps(snn, inputs, first, steps).sum(0) + total.to(inputs[0].device)
@@ -163,7 +163,7 @@ def exit_curve(snn: nn.Module, data: Iterable[Any], confidences: Sequence[float]
     _mean_over_time("exit_curve", snn)
     for confidence in confidences:
         _check_confidence("exit_curve", confidence)
-    like = next(iter(snn.parameters()), torch.zeros(()))
+    like = example_tensor(snn)
     steps, right, samples = [0.0] * len(confidences), [0] * len(confidences), 0
     with _answering(snn, carry=False):
         for batch in data:

@@ -1,4 +1,4 @@
-"""Several inputs and several outputs: how many a network takes, their shapes, and the tensors in what it returns."""
+"""Several inputs and several outputs: how many a network takes, their shapes and dtype, and what it returns."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -118,3 +119,13 @@ def structure_text(value: Any) -> str:
 def each_tensor(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Apply ``function`` to a tensor, or to every tensor in a tuple such as ``chunk`` returns."""
     return function(value) if isinstance(value, Tensor) else pytree.tree_map_only(Tensor, function, value)
+
+
+def example_tensor(network: nn.Module) -> Tensor:
+    """Return a tensor of the dtype and on the device that a network computes with: its first of floating point.
+
+    >>> example_tensor(nn.ReLU())
+    tensor(0.)
+    """
+    tensors = (tensor for tensor in (*network.parameters(), *network.buffers()) if tensor.is_floating_point())
+    return next(tensors, torch.zeros(()))

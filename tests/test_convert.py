@@ -326,7 +326,7 @@ def test_prepare_calibrate_and_assemble_are_what_convert_does() -> None:
 def test_neurons_start_as_asked(granularity: PerLayer | PerChannel | PerStep) -> None:
     x = torch.rand(8, 2, 8, 8)
     snn = convert(nets.conv_net(), 4, data=x, neuron=LMH(LIF(0.25), granularity)).snn
-    assert all(bool((site.coefficient("lambda_s") == 0.25).all()) for site in sites(snn).values())
+    assert all(bool((site.coefficients()[0] == 0.25).all()) for site in sites(snn).values())
     assert snn(x).shape == (8, 3)
 
 

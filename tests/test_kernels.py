@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nets
 from lmh import Kernel, kernels, kernels_used, sites, use_kernel
-from lmh.convert import convert
+from lmh.convert import convert, deploy
 from lmh.errors import ArgumentError
 from lmh.zoo.cifar_resnet import CifarResNet
 
@@ -124,3 +124,26 @@ def test_a_network_needs_few_compilations_whatever_its_size() -> None:
     assert set(kernels_used(snn).values()) == {Kernel.COMPILED}
     assert counters["stats"]["unique_graphs"] - before <= 4
     assert all(parameter.grad is not None for parameter in snn.parameters())
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_deployed_network_compiles_once_for_each_mode_and_not_for_each_size() -> None:
+    torch.manual_seed(0)
+    ann = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+    fast = deploy(convert(ann, T, data=torch.rand(4, 3, 40, 40)))
+
+    def compilations(size: int) -> int:
+        before = counters["stats"]["unique_graphs"]
+        with use_kernel(Kernel.COMPILED):
+            fast(torch.rand(2, 3, size, size))
+        return counters["stats"]["unique_graphs"] - before
+
+    with torch.inference_mode():
+        first = compilations(40)
+    found = [compilations(size) for size in (40, 36, 30)]
+    with torch.inference_mode():
+        found += [compilations(size) for size in (28, 26)]
+    assert 1 <= first <= 2
+    assert found[0] <= first
+    assert found[1:] == [0] * 4

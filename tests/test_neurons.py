@@ -124,7 +124,7 @@ def test_site_of_every_granularity_equals_the_oracle(granularity: object, theta:
     current = np.random.default_rng(1).normal(0.4, 1.0, (16, 20, 3, 2))
     parameters = _oracle_parameters(site, _raw_values(site))
     shape = {PerLayer: (), PerChannel: (3,), PerStep: (16,)}[type(granularity)]
-    assert all(site.coefficient(name).shape == shape for name in NAMES)
+    assert all(value.shape == shape for value in site.coefficients())
     output = site(torch.from_numpy(current).flatten(0, 1)).unflatten(0, (16, 20))
     expected = oracle.simulate(current, **parameters)
     assert _distance(output, expected.outputs) < TOLERANCE
@@ -178,8 +178,8 @@ def test_lif_preset_equals_the_plain_lif() -> None:
 def test_raw_values_of_zero_give_the_preset_exactly(preset: IF | LIF, granularity: object) -> None:
     site = _site(4, preset=preset, granularity=granularity, theta=0.3)
     assert (site.v_threshold == torch.tensor(0.3)).all()
-    for name in NAMES:
-        assert (site.coefficient(name) == torch.tensor(getattr(preset, name))).all()
+    for name, value in zip(NAMES, site.coefficients(), strict=True):
+        assert (value == torch.tensor(getattr(preset, name))).all()
 
 
 @few
@@ -187,14 +187,15 @@ def test_raw_values_of_zero_give_the_preset_exactly(preset: IF | LIF, granularit
 def test_bounded_stays_in_its_range_and_is_the_formula(raw: float, part: float, dtype: torch.dtype) -> None:
     for low, high in oracle.RANGES.values():
         preset = low + part * (high - low)
-        value = bounded(torch.tensor([raw], dtype=dtype), [(preset, low, high)]).item()
+        limits = torch.tensor([(preset, preset - low, high - preset)], dtype=torch.float64)
+        value = bounded(torch.tensor([raw], dtype=dtype), limits.to(dtype)).item()
         rounding = 4 * torch.finfo(dtype).eps
         assert low - rounding <= value <= high + rounding
         assert abs(value - oracle.bounded(np.float64(raw), preset, low, high)) <= rounding
 
 
 def test_bounded_has_slope_one_at_zero_and_rises() -> None:
-    limits = [(1.0, 0.0, 1.5)]
+    limits = torch.tensor([(1.0, 1.0, 0.5)])
     raw = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(bounded(raw, limits), raw)
     assert slope.item() == 1.0

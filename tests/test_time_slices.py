@@ -113,7 +113,7 @@ def by_hand(snn: nn.Module, batch: Work, k: int) -> list[dict[str, Tensor]]:
     for start in range(0, T, k):
         snn.zero_grad()
         current = first(*batch.inputs)
-        values = Coefficients(site.v_threshold, *(site.coefficient(n) for n in COEFFICIENTS))
+        values = Coefficients(site.v_threshold, *site.coefficients())
         if start == 0:
             v_start = (site.v_init * site.v_threshold).expand(6, 8)
             state = State(torch.zeros(6, 8, dtype=torch.float64), v_start)

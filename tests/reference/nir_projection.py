@@ -29,8 +29,7 @@ class HardReset(Timed):
         theta = site.v_threshold.detach().double()
         self.begin = kept * site.v_init.detach().double() * (theta[0] if per_step else theta)
         self.theta = theta.mean(0) if per_step else theta
-        names = ("lambda_s", "lambda_d", "mu_s", "mu_d")
-        found = (site.coefficient(name).detach().double() for name in names)
+        found = (value.detach().double() for value in site.coefficients())
         lambda_s, self.gain, mu_s, mu_d = (value.mean(0) if per_step else value for value in found)
         self.keeps = (lambda_s + self.gain * mu_s).clamp(0, 1)
         self.synapse = mu_d.clamp(0, 1)
