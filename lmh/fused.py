@@ -146,7 +146,7 @@ def backward_pass(
                 _collect(found, terms(), add=not job.per_step)
     gradients: list[Tensor | None] = [None] * len(wanted)
     if wanted[0]:
-        gradients[0] = torch.cat(to_current).to(currents.dtype)
+        gradients[0] = torch.cat([part.to(currents.dtype) for part in to_current])
     if wanted[1]:
         gradients[1] = _summed(after.v_soma, v_soma, 0)
     for index, (found, value) in enumerate(zip(to_values, values, strict=True)):
