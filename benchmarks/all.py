@@ -31,7 +31,7 @@ from lmh.artifact import write_atomically
 HERE = Path(__file__).parent
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.name != Path(__file__).name)
 RESULTS = HERE / "results.md"
-QUICK = ("neuron", "streaming_memory")
+QUICK = ("streaming_memory",)
 HEAD = """# Results
 
 Written by `python benchmarks/all.py`; each section by the script of its name, when and on the machine that it says.
@@ -87,7 +87,7 @@ def _text(path: Path) -> str:
 @click.command()
 @click.option("--only", "names", multiple=True, type=click.Choice(NAMES), help="All unless given.")
 @click.option("--output", type=click.Path(path_type=Path), help="benchmarks/results.md, with --quick results.md here.")
-@click.option("--quick", is_flag=True, help="Two scripts unless named, with --quick: no figures to quote.")
+@click.option("--quick", is_flag=True, help="One script unless named, with --quick: no figures to quote.")
 def main(names: tuple[str, ...], output: Path | None, quick: bool) -> None:
     """Run the scripts and write what they print."""
     target = output or (Path("results.md") if quick else RESULTS)

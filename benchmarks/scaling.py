@@ -112,12 +112,12 @@ def first_calls(threads: int) -> dict[str, float]:
 @click.command()
 @click.option("--rounds", default=9, show_default=True)
 @click.option("--threads", default=2, show_default=True)
-@click.option("--quick", is_flag=True, help="Two sizes of each, one round: no figures to quote.")
+@click.option("--quick", is_flag=True, help="One size of each, one round: no figures to quote.")
 def main(rounds: int, threads: int, quick: bool) -> None:
     """Measure every curve."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    most = 2 if quick else None
+    most = 1 if quick else None
     rounds = 1 if quick else rounds
     versions = f"lmh {__version__}, torch {torch.__version__}, {platform.machine()}"
     print(f"seed 0, {rounds} rounds, {threads} threads, {versions}")

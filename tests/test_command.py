@@ -207,7 +207,7 @@ def test_the_file_loads_again_and_gives_the_same_figures(which: str, request: py
     assert measured.ann_accuracy == result["ann_accuracy"]
     printed = command("report", job.file, "--data", "digits", "--test-samples", SAMPLES, "--json")
     assert printed.out.count("\n") == 1
-    assert set(printed.result) == KEYS
+    assert set(printed.result) == KEYS | {"deployed", "early_exit", "spike_changes"}
     for key in (*FIGURES, "sites", "nodes", "calibration", "energy", "timesteps"):
         assert printed.result[key] == result[key], key
 
