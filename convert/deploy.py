@@ -368,7 +368,7 @@ def deployed(network: Conversion | fx.GraphModule, input_shape: Sequence[Any] | 
 
 def random_inputs(snn: fx.GraphModule, sample_shape: Sequence[Any], batch: int, seed: int) -> tuple[Tensor, ...]:
     """Return normal random inputs of the network's dtype, each [N, *F] or [T, N, *F]."""
-    dtype = next((p.dtype for p in snn.parameters() if p.is_floating_point()), torch.float32)
+    dtype = example_tensor(snn).dtype
     generator = torch.Generator().manual_seed(seed)
     shapes = input_shapes_of(snn, sample_shape, batch)
     return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)

@@ -15,7 +15,7 @@ from ..errors import AuditError
 from ..eval_mode import in_eval_mode
 from ..ops import label
 from ..shapes import BATCHES
-from ..structures import batched, leaves_of
+from ..structures import batched, example_tensor, leaves_of
 from .maxpool import MaxPool, answering_as
 
 TOLERANCE = 1e-4
@@ -30,7 +30,7 @@ def same_answers(ann: nn.Module, model: fx.GraphModule, sample_shape: Sequence[A
     Raises:
         AuditError: where the answers differ by more than rounding, naming the node that mixes samples if there is one.
     """
-    parameter = next((p for p in ann.parameters() if p.is_floating_point()), torch.empty(()))
+    parameter = example_tensor(ann)
     if parameter.device.type == "meta":
         return
     few, many = BATCHES

@@ -18,7 +18,7 @@ from ..errors import ArgumentError, AuditError
 from ..op_table import Kind
 from ..ops import module_kind
 from ..spiking import sites
-from ..structures import POSITIONAL, batched, each_shape, leaves_of
+from ..structures import POSITIONAL, batched, each_shape, example_tensor, leaves_of
 from .exported import trace_by_export
 from .exported.trace import users_line
 from .rules import DEFAULT_RULES, Rules
@@ -253,7 +253,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 def _examples(model: nn.Module, sample_shape: Sequence[Any], *, zero: bool = False) -> tuple[Tensor, ...]:
     """Return batches of two samples where the model's parameters are, of random numbers or of zeros."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
+    parameter = example_tensor(model)
     if zero or parameter.is_meta:
         return tuple(parameter.new_zeros(shape) for shape in batched(sample_shape, 2))
     generator = torch.Generator().manual_seed(0)

@@ -63,7 +63,7 @@ def part_of(snn: nn.Module, inputs: Sequence[Tensor], fit: Fit) -> Part:
 
     Args:
         snn: a converted network.
-        inputs: as it takes them, at least one sample.
+        inputs: as it takes them.
         fit: into how much.
 
     Raises:
@@ -76,6 +76,8 @@ def part_of(snn: nn.Module, inputs: Sequence[Tensor], fit: Fit) -> Part:
         )
     timesteps = time_axis(snn).timesteps
     axis = 1 if takes_events(snn) else 0
+    if inputs[0].shape[axis] == 0:
+        return Part(1, timesteps)
     sample = [x.narrow(axis, 0, 1) for x in inputs]
     memory = _free(inputs[0].device) / 2 if fit.megabytes is None else 1e6 * fit.megabytes
     one = live_bytes(snn, sample, 1)

@@ -7,6 +7,7 @@ rounding is all that is lost: at most max|W_c|/254 for output channel c. The pro
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ def available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qconv_prepack")
 
 
-class SpikeLayer(nn.Module):
+class SpikeLayer(nn.Module, ABC):
     """W s + b for spikes s, with W = scale_c q for output channel c, q in −127 … 127 and scale_c = max|W_c|/127.
 
     Args:
@@ -46,19 +47,21 @@ class SpikeLayer(nn.Module):
         self.dtype = dtype
         self._packed: Tensor | None = None
 
+    @abstractmethod
     def plain(self) -> nn.Conv2d | nn.Linear:
         """Return the layer with the same weights in float32."""
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the packed weights out, which cannot be copied."""
         return {**self.__dict__, "_packed": None}
 
+    @abstractmethod
     def _pack(self, shape: torch.Size) -> Tensor:
-        raise NotImplementedError
+        """The weights as the product takes them, for inputs of a shape."""
 
+    @abstractmethod
     def _product(self, spikes: Tensor, packed: Tensor) -> Tensor:
-        raise NotImplementedError
+        """W s + b."""
 
     def forward(self, spikes: Tensor) -> Tensor:
         """Return W s + b in the layer's dtype, for s in uint8."""

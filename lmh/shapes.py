@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .errors import ArgumentError
 from .ops import label
-from .structures import each_shape, leaves_of, tensors_of
+from .structures import each_shape, example_tensor, leaves_of, tensors_of
 
 BATCHES = (2, 3)
 
@@ -57,7 +57,7 @@ def node_values(model: fx.GraphModule, input_shape: Sequence[Any]) -> dict[fx.No
     """
     recorder = _Recorder(model)
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
+        parameter = example_tensor(model)
         recorder.run(
             *(torch.empty(shape, dtype=parameter.dtype, device=parameter.device) for shape in each_shape(input_shape))
         )

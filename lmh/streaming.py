@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .arguments import check_labels, split_batch
 from .errors import ArgumentError, DataError
 from .eval_mode import in_eval_mode
-from .footprint import Fit, Part, part_of
+from .footprint import Fit, part_of
 from .readout import MeanReadout
 from .structures import example_tensor, input_count, only_tensor
 from .time_axis import TimeAxis, Timed, carry_state, per_step, prefixes, takes_events, time_axis
@@ -43,15 +43,15 @@ def streamed(snn: nn.Module, *inputs: Tensor, chunk: int | Fit = 1) -> Tensor:
     True
     """
     time = _mean_over_time("streamed", snn)
-    if not isinstance(chunk, Fit) and chunk < 1:
-        raise ArgumentError(f"streamed: chunk is {chunk!r}; expected a whole number of steps, at least 1, or Fit().")
     if not isinstance(chunk, Fit):
+        if chunk < 1:
+            raise ArgumentError(
+                f"streamed: chunk is {chunk!r}; expected a whole number of steps, at least 1, or Fit()."
+            )
         return _in_chunks(snn, inputs, time.timesteps, chunk)
+    with _answering(snn, carry=False):
+        part = part_of(snn, inputs, chunk)
     axis = 1 if takes_events(snn) else 0
-    part = Part(1, time.timesteps)
-    if inputs[0].shape[axis]:
-        with _answering(snn, carry=False):
-            part = part_of(snn, inputs, chunk)
     pieces = zip(*(x.split(part.samples, axis) for x in inputs), strict=True)
     return torch.cat([_in_chunks(snn, piece, time.timesteps, part.steps) for piece in pieces])
 
