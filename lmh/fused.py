@@ -1,4 +1,4 @@
-"""The neurons of a site as one autograd function over all steps, which keeps nothing but its input current.
+"""The neurons of a site as one autograd function over all steps, which keeps its input current and a few values.
 
 Inside :func:`lmh.recomputed.recompute` not even that is kept where it can be computed again, but a bit for every spike.
 
