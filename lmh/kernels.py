@@ -130,7 +130,6 @@ class Program:
         self.job = job
         self.plain = run
         self.compiled = torch.compile(own, fullgraph=True)
-        self._forms: set[Hashable] = set()
 
     def __call__(self, *tensors: Tensor) -> Any:
         """Run the pass."""
@@ -138,12 +137,7 @@ class Program:
 
         if not compiles(self.job):
             return self.plain(*tensors)
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        each = ((t.dtype, t.device, t.is_contiguous(), *(size == 1 for size in t.shape[-2:])) for t in tensors)
-        form = *modes, *each
-        if form not in self._forms:
-            self._forms.add(form)
-            _free_sizes(tensors)
+        _free_sizes(tensors)
         try:
             return self.compiled(*tensors)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
@@ -161,7 +155,7 @@ def _free_sizes(tensors: Sequence[Tensor]) -> None:
     """Let what is compiled for these tensors serve any sizes of their last two axes.
 
     And nothing else: dynamic=True would free the numbers of the surrogate too, and compute with them anew for every
-    neuron. The marks cost as much as a small pass, and only a compilation reads them.
+    neuron. Marked at every call, as any may compile: torch.export forgets what torch.compile had made.
     """
     from torch._dynamo import maybe_mark_dynamic
 

@@ -113,7 +113,10 @@ def test_tracers_see_the_plain_loop(training: bool) -> None:
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_network_needs_few_compilations_whatever_its_size() -> None:
+@pytest.mark.parametrize("forgotten", [False, True], ids=["at first", "after torch.export"])
+def test_a_network_needs_few_compilations_whatever_its_size(forgotten: bool) -> None:
+    if forgotten:
+        torch.export.export(nn.Identity(), (torch.rand(1),), strict=True)
     x = torch.rand(6, 3, 32, 32)
     snn = convert(CifarResNet(20), T, data=x).snn.train()
     before = counters["stats"]["unique_graphs"]
