@@ -1,4 +1,4 @@
-"""A deployed spiking network, in each of its forms, beside its ANN and beside the same network in SpikingJelly.
+"""A deployed spiking network, in each of its forms, beside its ANN and beside the same network in other libraries.
 
     python benchmarks/inference.py
     python benchmarks/inference.py --network resnet50 --timesteps 4 --profile
@@ -6,17 +6,15 @@
 torchvision's ResNet-18 (8×3×32×32) and ResNet-50 (2×3×224×224) at random weights, IF neurons, thresholds by MinError
 from the same images, no gradients. The ANN's BatchNorm is folded, and its time is that of the faster order in memory;
 every ratio is to it, in fp32. The spiking network is ``deploy(conversion, example=images)`` in fp32, in bfloat16, with
-int8 weights, and with these in bfloat16; the ANN in bfloat16 stands beside them. The peer is the converted graph, with
-BatchNorm folded and SpikingJelly's multi-step IF nodes in the place of the activations, the same thresholds and starts
-(pip install --no-deps spikingjelly==2.0.0 loguru SciencePlots; else it is left out). What both answer is compared. All
+int8 weights, and with these in bfloat16; the ANN in bfloat16 stands beside them. A peer is the converted graph, with
+BatchNorm folded and that library's IF nodes in the place of the activations (benchmarks/peers); what is not installed
+is left out. What both answer is compared. All
 sides run in turn; a figure is the median over the rounds, a ratio the median of the ratios within a round.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.metadata
-import importlib.util
 import json
 import platform
 import statistics
@@ -28,11 +26,12 @@ from typing import Any
 import click
 import torch
 import torch.fx.experimental.optimization
+from peers import PeerNetwork, installed, versions
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from lmh import __version__, sites
-from lmh.convert import Conversion, convert, deploy, prepare
+from lmh import __version__
+from lmh.convert import convert, deploy, prepare
 from lmh.int8 import available
 from lmh.pages import keep_freed_memory
 from lmh.torchvision_shim import torchvision
@@ -43,7 +42,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "deployed": {}, "bf16": {"dtype": torch.bfloat16}, "int8": {"int8": True},
     "int8, bf16": {"int8": True, "dtype": torch.bfloat16},
 }  # fmt: skip
-PEER = "spikingjelly"
 Work = Callable[[], Tensor]
 
 
@@ -51,38 +49,6 @@ def folded_ann(name: str) -> nn.Module:
     """A network with its BatchNorm folded."""
     torch.manual_seed(0)
     return torch.fx.experimental.optimization.fuse(getattr(torchvision().models, name)(weights=None).eval())
-
-
-class PeerSite(nn.Module):
-    """SpikingJelly's neurons in the place of an activation: [T·N, *F], θ and the start as ours."""
-
-    def __init__(self, v_threshold: Tensor, v_init: Tensor, timesteps: int) -> None:
-        super().__init__()
-        from spikingjelly.activation_based import neuron
-
-        self.timesteps = timesteps
-        self.theta: Tensor
-        self.register_buffer("theta", v_threshold.detach().clone())
-        self.start = v_init.detach().clone()
-        self.node = neuron.IFNode(v_threshold=1.0, v_reset=None, step_mode="m")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return θ s."""
-        theta = self.theta.reshape(-1, *[1] * (x.ndim - 2))
-        current = (x / theta).unflatten(0, (self.timesteps, -1))
-        self.node.reset()
-        self.node.v = self.start.reshape(-1, *[1] * (x.ndim - 2)).expand_as(current[0]).clone()
-        return self.node(current).flatten(0, 1) * theta
-
-
-def peer_of(ann: nn.Module, conversion: Conversion, timesteps: int, images: Tensor) -> Work:
-    """The same network in SpikingJelly."""
-    prepared = prepare(ann, tuple(images.shape[1:]))
-    network = copy.deepcopy(prepared.model)
-    for path, site in sites(conversion.snn).items():
-        network.set_submodule(path, PeerSite(site.v_threshold, site.v_init, timesteps))
-    network.eval()
-    return lambda: network(images.repeat(timesteps, 1, 1, 1)).unflatten(0, (timesteps, -1)).mean(0)
 
 
 def measured(sides: dict[str, Work], rounds: int) -> dict[str, list[float]]:
@@ -134,11 +100,12 @@ def row(name: str, timesteps: int, images: Tensor, rounds: int, with_profile: bo
         **{form: partial(network, images) for form, network in networks.items()},
     }
     found: dict[str, Any] = {"network": name, "timesteps": timesteps}
-    if importlib.util.find_spec(PEER):
-        sides["peer"] = peer_of(ann, conversion, timesteps, images)
+    graph = prepare(ann, tuple(images.shape[1:])).model
+    for peer, kind in installed().items():
+        sides[peer] = partial(PeerNetwork(kind, graph, conversion).eval(), images)
         with torch.inference_mode():
-            ours, theirs = snn(images), sides["peer"]()
-        found["peer_difference"] = round(float((ours - theirs).norm() / ours.norm()), 6)
+            ours, theirs = snn(images), sides[peer]()
+        found[f"{peer}_difference"] = round(float((ours - theirs).norm() / ours.norm()), 6)
     taken = measured(sides, rounds)
     base = faster(taken, ("ANN", "ANN, channels last"))
     for side, times in taken.items():
@@ -168,8 +135,7 @@ def main(
         names, rounds = names or ("resnet18",), 2
     torch.set_num_threads(threads)
     keep_freed_memory()
-    peer = f"{PEER} {importlib.metadata.version(PEER)}" if importlib.util.find_spec(PEER) else f"{PEER} not installed"
-    print(f"seed 0, {rounds} rounds, {threads} threads, lmh {__version__}, torch {torch.__version__}, {peer}, "
+    print(f"seed 0, {rounds} rounds, {threads} threads, lmh {__version__}, torch {torch.__version__}, {versions()}, "
           f"{platform.machine()}")  # fmt: skip
     figures: dict[str, Any] = {}
     rows = []
@@ -181,7 +147,9 @@ def main(
             figures[f"{name}_t{timesteps}"] = found["deployed"]["ratio"]
             for form in [form for form in list(FORMS)[1:] if form in found]:
                 figures[f"{name}_t{timesteps}_{form.replace(', ', '_')}"] = found[form]["ratio"]
-            figures[f"peer_{name}_t{timesteps}"] = found["peer"]["ratio"] if "peer" in found else None
+            peers = {peer: found[peer]["ratio"] for peer in installed()}
+            figures[f"peer_{name}_t{timesteps}"] = min(peers.values(), default=None)
+            figures |= {f"{peer}_{name}_t{timesteps}": ratio for peer, ratio in peers.items()}
     print(json.dumps({**figures, "rows": rows}))
 
 

@@ -1,18 +1,15 @@
-"""A training step of CIFAR ResNet-18 at T = 4, batch 16, beside its ANN's, and beside the same network in SpikingJelly.
+"""A training step of CIFAR ResNet-18 at T = 4, batch 16, beside its ANN's and those of other spiking libraries.
 
     python benchmarks/training.py
 
 Time and the memory of a whole process, measured as in finetune_step.py: fp32, SGD with momentum, the ANN eager in the
-same process for the time, a process alone for the memory. ``recompute`` trains by ``Recompute()``. The peer is the
-prepared graph with SpikingJelly's multi-step IF nodes (PeerSite of inference.py), reset detached and images repeated
-for every step, in train mode (pip install --no-deps spikingjelly==2.0.0 loguru SciencePlots; else it is left out).
+same process for the time, a process alone for the memory. ``recompute`` trains by ``Recompute()``. A peer is the
+prepared graph with that library's IF nodes (benchmarks/peers), in train mode, with its own surrogate gradient; what is
+not installed is left out.
 """
 
 from __future__ import annotations
 
-import copy
-import importlib.metadata
-import importlib.util
 import json
 import platform
 import statistics
@@ -21,10 +18,9 @@ from typing import Any
 import click
 import torch
 from finetune_step import NETWORKS, fresh, peak, seconds_of, stepper_of, timed, work_of
-from inference import PEER, PeerSite
-from torch import Tensor, nn
+from peers import PEERS, PeerNetwork, installed, versions
 
-from lmh import __version__, sites
+from lmh import __version__
 from lmh.convert import convert
 from lmh.finetune import Recompute, Schedule, TimeSliced
 from lmh.finetune.log import peak_memory_mb
@@ -34,48 +30,31 @@ from lmh.finetune.steps import Stepper
 NAME, TIMESTEPS = "resnet18", 4
 
 
-class PeerNetwork(nn.Module):
-    """The prepared graph with the peer's neurons: [N, C, H, W] → the mean over T, [N, classes]."""
-
-    def __init__(self, timesteps: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        conversion = convert(NETWORKS[NAME](), timesteps, data=torch.rand(4, 3, 32, 32))
-        self.timesteps = timesteps
-        self.network = copy.deepcopy(conversion.prepared.model)
-        for path, site in sites(conversion.snn).items():
-            neurons = PeerSite(site.v_threshold, site.v_init, timesteps)
-            neurons.node.detach_reset = True
-            self.network.set_submodule(path, neurons)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the mean over time."""
-        return self.network(x.repeat(self.timesteps, 1, 1, 1)).unflatten(0, (self.timesteps, -1)).mean(0)
-
-
-def peer_stepper(timesteps: int) -> Stepper:
+def peer_stepper(peer: str, timesteps: int) -> Stepper:
     """What trains the peer."""
-    network, schedule = PeerNetwork(timesteps).train(), Schedule(epochs=1)
+    torch.manual_seed(0)
+    conversion, schedule = convert(NETWORKS[NAME](), timesteps, data=torch.rand(4, 3, 32, 32)), Schedule(epochs=1)
+    network = PeerNetwork(PEERS[peer], conversion.prepared.model, conversion).train()
     return Stepper(network, optimiser(network, schedule), schedule, TimeSliced(1))
 
 
-def peer_timed(timesteps: int, batch: int, rounds: int, threads: int) -> dict[str, Any]:
+def peer_timed(peer: str, timesteps: int, batch: int, rounds: int, threads: int) -> dict[str, Any]:
     """As finetune_step's ``timed``."""
     torch.set_num_threads(threads)
     Schedule(epochs=1).memory.allocate()
-    ann, peer, work = stepper_of(NAME, 0, 0, Schedule(epochs=1)), peer_stepper(timesteps), work_of(batch)
-    taken = [(seconds_of(ann, work), seconds_of(peer, work)) for _ in range(rounds + 1)][1:]
+    ann, theirs, work = stepper_of(NAME, 0, 0, Schedule(epochs=1)), peer_stepper(peer, timesteps), work_of(batch)
+    taken = [(seconds_of(ann, work), seconds_of(theirs, work)) for _ in range(rounds + 1)][1:]
     return {
         "ann_ms": round(1000 * statistics.median(ann for ann, _ in taken), 1),
-        "ms": round(1000 * statistics.median(peer for _, peer in taken), 1),
-        "ratio": round(statistics.median(peer / ann for ann, peer in taken), 3),
+        "ms": round(1000 * statistics.median(theirs for _, theirs in taken), 1),
+        "ratio": round(statistics.median(theirs / ann for ann, theirs in taken), 3),
     }
 
 
-def peer_peak(timesteps: int, batch: int, threads: int) -> float | None:
+def peer_peak(peer: str, timesteps: int, batch: int, threads: int) -> float | None:
     """As finetune_step's ``peak``."""
     torch.set_num_threads(threads)
-    stepper, work = peer_stepper(timesteps), work_of(batch)
+    stepper, work = peer_stepper(peer, timesteps), work_of(batch)
     for _ in range(3):
         stepper(work)
     found = peak_memory_mb(torch.device("cpu"))
@@ -89,17 +68,15 @@ def peer_peak(timesteps: int, batch: int, threads: int) -> float | None:
 def main(rounds: int, threads: int, quick: bool) -> None:
     """Measure both."""
     batch, rounds = (2, 1) if quick else (16, rounds)
-    there = importlib.util.find_spec(PEER) is not None
-    peer = f"{PEER} {importlib.metadata.version(PEER)}" if there else f"{PEER} not installed"
     print(f"seed 0, fp32, batch {batch}, T = {TIMESTEPS}, {rounds} rounds, {threads} threads, lmh {__version__}, "
-          f"torch {torch.__version__}, {peer}, {platform.machine()}")  # fmt: skip
+          f"torch {torch.__version__}, {versions()}, {platform.machine()}")  # fmt: skip
     rows: dict[str, dict[str, Any]] = {}
     for side, schedule in {"ours": Schedule(epochs=1), "recompute": Schedule(epochs=1, memory=Recompute())}.items():
         rows[side] = fresh(timed, NAME, TIMESTEPS, TIMESTEPS, schedule, batch, rounds, threads)
         rows[side]["peak_mb"] = fresh(peak, NAME, TIMESTEPS, TIMESTEPS, schedule, batch, threads)
-    if there:
-        rows["peer"] = fresh(peer_timed, TIMESTEPS, batch, rounds, threads)
-        rows["peer"]["peak_mb"] = fresh(peer_peak, TIMESTEPS, batch, threads)
+    for peer in installed():
+        rows[peer] = fresh(peer_timed, peer, TIMESTEPS, batch, rounds, threads)
+        rows[peer]["peak_mb"] = fresh(peer_peak, peer, TIMESTEPS, batch, threads)
     ann_mb = fresh(peak, NAME, 0, 0, Schedule(epochs=1), batch, threads)
     print(f"{'ANN':12}{rows['ours']['ann_ms']:9.1f} ms{1:8.2f} ×{ann_mb or 0:9.0f} MB")
     for side, row in rows.items():
