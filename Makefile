@@ -10,7 +10,7 @@ TYPES := .types/lmh
 demo: $(INSTALLED)
 	mkdir -p runs/demo
 	rm -f runs/demo/*
-	$(BIN)/lmh-convert zoo:digits-cnn --timesteps 4 --data digits --finetune 5 --output runs/demo/digits-cnn-snn-T4.safetensors
+	$(BIN)/lmh-convert zoo:digits-cnn --timesteps 4 --data digits --finetune 5 --output runs/demo/digits-cnn-snn-T4.safetensors --report runs/demo/report.html
 	$(BIN)/lmh report runs/demo/digits-cnn-snn-T4.safetensors --data digits
 
 test: $(INSTALLED)
@@ -20,7 +20,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	rm -rf .types && mkdir -p $(TYPES)
 	ln -s ../../convert ../../calibrate ../../finetune ../../zoo $(TYPES)/
-	for file in lmh/*.py lmh/py.typed; do ln -s ../../$$file $(TYPES)/; done
+	for file in lmh/*.py lmh/report lmh/py.typed; do ln -s ../../$$file $(TYPES)/; done
 	$(BIN)/mypy
 
 bench: $(INSTALLED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from ..artifact import is_there, user_path
 from ..calibrate import Policy
 from ..cli import command_line, run
 from ..errors import ArgumentError, ArtifactError, DataError, LMHError
-from ..evaluation import evaluate
+from ..evaluation import Outputs, evaluate
 from ..readout import Average
 from ..records import Evaluation, plain_value
 from ..results import describe_network
@@ -32,6 +32,7 @@ from .label_free_cli import Images, LabelFreeWork
 from .loading import Source, load_source
 from .maxpool import MAXPOOLS, MaxPool
 from .normalisation import NORMALISATIONS, Normalisation
+from .page_cli import PAGE_HELP, PageType, watching, write_page
 from .pipeline import Conversion, convert
 from .prepare import examine
 from .rules import ReluSurgery
@@ -72,6 +73,7 @@ class Job:
     normalisation: Normalisation
     readout: Average
     exports: tuple[str, ...]
+    report: Path | None
 
 
 @click.command("lmh-convert", context_settings={"max_content_width": 100})
@@ -119,6 +121,7 @@ class Job:
 @click.option(
     "--export", "exports", type=FORMATS, multiple=True, help=f"Also write this format; may be repeated. {FORMATS_HELP}"
 )
+@click.option("--report", type=PageType(), metavar="FILE.html", help=PAGE_HELP)
 @click.option("--dry-run", is_flag=True, help="Only say what would become of every node; convert nothing.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
@@ -212,14 +215,17 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         conversion = job.without_labels.run(conversion, images, terminal)
     for notice in conversion.report.notices:
         terminal.notice(notice)
-    before = measured(conversion.snn, inputs.test, source.model, terminal, "measuring")
-    after, stages, facts = None, [], {"epochs": 0}
+    watch = watching(job.report, conversion)
+    before = measured(conversion.snn, inputs.test, source.model, terminal, "measuring", None if job.epochs else watch)
+    after, stages = None, []
+    facts: dict[str, Any] = {"epochs": 0}
     training = _training(job, conversion, source, inputs) if job.epochs else None
     if training is not None:
         tuned = training.run(terminal)
         stages = training.stages(tuned, terminal)
         conversion, facts = tuned.conversion or conversion, training.facts(tuned)
-        after = measured(conversion.snn, inputs.test, source.model, terminal, "measuring again")
+        watch = watching(job.report, conversion)
+        after = measured(conversion.snn, inputs.test, source.model, terminal, "measuring again", watch)
     result = describe_network(
         conversion.snn,
         source=job.source,
@@ -228,7 +234,9 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         evaluation=after or before,
         training_free=before if after else None,
         stages=stages,
-        diagnosis=diagnosed(conversion, inputs.calibration, terminal) if job.diagnose and inputs.calibration else None,
+        diagnosis=diagnosed(conversion, inputs.calibration, terminal)
+        if (job.diagnose or watch) and inputs.calibration
+        else None,
         output=str(job.output),
         notices=(*inputs.notices, *conversion.report.notices),
         spiking_coverage=conversion.report.spiking_coverage,
@@ -248,6 +256,12 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
     )
     if training is not None:
         training.forget()
+    if job.report is not None and watch is not None:
+        result["report"] = write_page(
+            job.report, watch, result, after or before, inputs.calibration,
+            classes=inputs.classes, history=facts.get("history", ()), data=job.data, seed=job.amounts.seed,
+            samples=inputs.order, training=facts.get("training"),
+        )  # fmt: skip
     for name, file in zip(job.exports, export_files(job.output, job.exports), strict=True):
         try:
             with terminal.stage(f"exporting to {name}", None):
@@ -334,7 +348,12 @@ def _convert(job: Job, source: Source, inputs: Inputs, terminal: Terminal) -> Co
 
 
 def measured(
-    snn: fx.GraphModule, test: Batches | None, ann: nn.Module | None, terminal: Terminal, name: str
+    snn: fx.GraphModule,
+    test: Batches | None,
+    ann: nn.Module | None,
+    terminal: Terminal,
+    name: str,
+    on_outputs: Callable[[Outputs], None] | None = None,
 ) -> Evaluation | None:
     """Measure a network on the test batches, with a bar; None without any."""
     if test is None:
@@ -347,7 +366,7 @@ def measured(
             advance(samples - done, f"{samples} samples")
             done = samples
 
-        return evaluate(snn, test, ann=ann, on_batch=on_batch)
+        return evaluate(snn, test, ann=ann, on_batch=on_batch, on_outputs=on_outputs)
 
 
 def _training(job: Job, conversion: Conversion, source: Source, inputs: Inputs) -> Training:

@@ -105,6 +105,7 @@ class Inputs:
     test: Batches | None
     order: str | None
     training: str | None
+    classes: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
 
     @property
@@ -169,11 +170,11 @@ def open_inputs(
         preprocessing = Preprocessing(size, mean, std)
     if data is None:
         notices = assumption_notices(preprocessing, [name for name in assumed if name == "input_size"])
-        return Inputs(preprocessing, tuple(assumed), None, None, None, None, None, None, notices)
+        return Inputs(preprocessing, tuple(assumed), None, None, None, None, None, None, notices=notices)
     still = CropFlip(padding=0, flip=False)
     inputs = _batches(data, preprocessing, source.card.augmentation if source.card else still, timesteps, amounts)
     said = (*assumption_notices(preprocessing, assumed), *_resize_notice(data, preprocessing))
-    return replace(inputs, assumed=tuple(assumed), notices=(*said, f"Samples: {inputs.order}."))
+    return replace(inputs, assumed=tuple(assumed), classes=data.classes, notices=(*said, f"Samples: {inputs.order}."))
 
 
 def refuse_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:

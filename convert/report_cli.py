@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
-from types import MappingProxyType
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from torch import fx, nn
 
 from .. import zoo
 from ..arguments import split_batch
@@ -21,6 +22,7 @@ from ..structures import each_shape
 from ..terminal import Terminal, print_result
 from ..zoo.data import check_kind_of_data
 from ..zoo.images import AnyPreprocessing, Batches, FramePreprocessing, Preprocessing
+from .calibration_cli import diagnosed
 from .cli_inputs import (
     DATA_HELP,
     MODULE_OPTION,
@@ -33,8 +35,10 @@ from .cli_inputs import (
 )
 from .deploy import deploy, spike_changes
 from .loading import load_again
+from .page_cli import PAGE_HELP, PageType, watching, write_page
+from .pipeline import Conversion
 from .spike import EventFrames
-from .storage import MANIFEST, load
+from .storage import MANIFEST, load_conversion
 
 FORMS: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": torch.float32},
@@ -48,7 +52,8 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @click.command("report")
 @click.argument("file")
-@click.option("--data", metavar="SPEC", required=True, help=DATA_HELP)
+@click.option("--data", metavar="SPEC", help=DATA_HELP)
+@click.option("--html", "page", type=PageType(), metavar="FILE.html", help=PAGE_HELP)
 @click.option("--deploy", "form", type=click.Choice(list(FORMS)), help="Measure the copy for inference (deploy).")
 @click.option(
     "--early-exit",
@@ -68,85 +73,124 @@ FORMS: dict[str, dict[str, Any]] = {
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
 )
-def report_command(
-    file: str,
-    data: str,
-    form: str | None,
-    confidence: float | None,
-    source: str | None,
-    test_samples: int | None,
-    seed: int,
-    trust_pickle: bool,
-    modules: tuple[str, ...],
-    as_json: bool,
-    **overrides: tuple[Any, ...] | None,
-) -> None:
-    """Load the spiking network FILE, or zoo:NAME, and measure it on the test split of --data."""
+def report_command(as_json: bool, **options: Any) -> None:
+    """Load the spiking network FILE, or zoo:NAME, and measure it on the test split of --data.
+
+    \b
+    lmh report digits-cnn-snn-T4.safetensors --data digits --html digits.html
+    lmh report zoo:digits-cnn-t4 --data digits --deploy int8 --early-exit 0.9
+    """  # noqa: D301
+    names = ("input_size", "mean", "std")
+    request = Request(overrides={name: options.pop(name) for name in names}, **options)
+    if request.data is None:
+        for option, wanted in {"--deploy": request.form, "--early-exit": request.confidence}.items():
+            if wanted is not None:
+                raise click.UsageError(f"{option} needs --data: it is measured on the test split.")
     terminal = Terminal(results=not as_json)
-    result = report(
-        file, data, terminal, source, test_samples, seed, trust_pickle, modules, overrides, form, confidence
-    )
+    result = report(request, terminal)
     if as_json:
         click.echo(json.dumps(result))
     else:
         print_result(terminal.out, result)
 
 
-def report(
-    file: str,
-    data: str,
-    terminal: Terminal,
-    source: str | None = None,
-    test_samples: int | None = None,
-    seed: int = 0,
-    trust_pickle: bool = False,
-    modules: tuple[str, ...] = (),
-    overrides: Mapping[str, tuple[Any, ...] | None] = MappingProxyType({}),
-    form: str | None = None,
-    confidence: float | None = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Request:
+    """What a report is asked of; the fields are the command's options."""
+
+    file: str
+    data: str | None = None
+    source: str | None = None
+    test_samples: int | None = None
+    seed: int = 0
+    trust_pickle: bool = False
+    modules: tuple[str, ...] = ()
+    overrides: Mapping[str, tuple[Any, ...] | None] = field(default_factory=dict)
+    form: str | None = None
+    confidence: float | None = None
+    page: Path | None = None
+
+    def conversion(self, ann: nn.Module | None = None) -> Conversion:
+        """Load the network; its prepared ANN has the weights of ``ann`` where that is given."""
+        source = self.source if ann is None else ann
+        return load_conversion(self.file, source, trust_pickle=self.trust_pickle, modules=self.modules)
+
+    def test(self, manifest: Mapping[str, Any]) -> tuple[Batches | None, tuple[str, ...], list[str]]:
+        """Open the test split: its batches, the names of its classes, and what the user should know."""
+        if self.data is None:
+            return None, (), []
+        preprocessing, assumed = stored_preprocessing(manifest, self.overrides)
+        check_kind_of_data(self.data, preprocessing)
+        timesteps = manifest["recipe"]["timesteps"]
+        data = zoo.load_data(self.data, input_size=preprocessing.input_size, timesteps=timesteps)
+        order = zoo.seeded_order(data.test, self.seed)[: self.test_samples]
+        notices = [*assumption_notices(preprocessing, assumed)]
+        notices.append(f"Samples: test {len(order)} of {len(data.test)} in the order of seed {self.seed}.")
+        batches = Batches(data.test, preprocessing, evaluation_batch(preprocessing, timesteps), order)
+        return batches, data.classes, notices
+
+
+def report(request: Request, terminal: Terminal) -> dict[str, Any]:
     """Measure a saved network, or with a ``form`` its copy for inference, and return the command's result."""
-    snn = load(file, source, trust_pickle=trust_pickle, modules=modules)
-    manifest = snn.meta[MANIFEST]
-    preprocessing, assumed = stored_preprocessing(manifest, overrides)
-    check_kind_of_data(data, preprocessing)
-    timesteps = manifest["recipe"]["timesteps"]
-    test = zoo.load_data(data, input_size=preprocessing.input_size, timesteps=timesteps).test
-    order = zoo.seeded_order(test, seed)[:test_samples]
-    batches = Batches(test, preprocessing, evaluation_batch(preprocessing, timesteps), order)
-    ann, notices = source_ann(manifest["source"], source, trust_pickle, modules)
-    notices += assumption_notices(preprocessing, assumed)
-    notices.append(f"Samples: test {len(order)} of {len(test)} in the order of seed {seed}.")
-    changes = None
-    if form is not None:
-        fast = deploy(snn, **FORMS[form])
-        inputs, _ = split_batch("report: data", next(iter(batches)), 1)
-        changes = spike_changes(snn, fast, *inputs)
-        share = 100 * sum(changes.values()) / len(changes)
-        notices.append(
-            f"Measured: the copy for inference, in {form}; in the first {batches.batch_size} samples spikes differ at "
-            f"{share:.2f} % of neurons and steps, on average over sites. The energy is that of 32 bits."
-        )
-        snn = fast
-    leaving = None
-    if confidence is not None:
-        (leaving,) = exit_curve(snn, terminal.track(batches, "leaving early", batches.count), [confidence])
-        after = f"{leaving.steps:.2f} of {timesteps} steps"
-        notices.append(f"Early exit at {confidence:g}: {100 * leaving.accuracy:.2f} % after {after}.")
+    conversion = request.conversion()
+    manifest = conversion.snn.meta[MANIFEST]
+    batches, classes, known = request.test(manifest)
+    ann, notices = source_ann(manifest["source"], request.source, request.trust_pickle, request.modules)
+    if request.page is not None and ann is not None:
+        conversion = request.conversion(ann)
+    watch = watching(request.page, conversion)
+    notices += known
+    snn, changes, leaving, evaluation, diagnosis = conversion.snn, None, None, None, None
+    if batches is not None:
+        if request.form is not None:
+            snn, changes, said = deployed(snn, request.form, batches)
+            notices.append(said)
+        if request.confidence is not None:
+            (leaving,) = exit_curve(snn, terminal.track(batches, "leaving early", batches.count), [request.confidence])
+            after = f"{leaving.steps:.2f} of {manifest['recipe']['timesteps']} steps"
+            notices.append(f"Early exit at {request.confidence:g}: {100 * leaving.accuracy:.2f} % after {after}.")
     for notice in notices:
         terminal.notice(notice)
-    evaluation = evaluate(snn, terminal.track(batches, "measuring", batches.count), ann=ann)
-    calibration = f"{manifest['calibration']['policy']}, {manifest['calibration']['samples']} samples"
-    nodes = manifest.get("nodes", {"converted": manifest["sites"], "kept": [], "refused": []})
-    found = describe_network(
-        snn, source=file, calibration=calibration, nodes=nodes, evaluation=evaluation, notices=notices
+    if batches is not None:
+        evaluation = evaluate(snn, terminal.track(batches, "measuring", batches.count), ann=ann, on_outputs=watch)
+        diagnosis = diagnosed(conversion, batches, terminal) if watch and ann is not None else None
+    result = describe_network(
+        snn,
+        source=request.file,
+        calibration=f"{manifest['calibration']['policy']}, {manifest['calibration']['samples']} samples",
+        nodes=manifest.get("nodes", {"converted": manifest["sites"], "kept": [], "refused": []}),
+        evaluation=evaluation,
+        diagnosis=diagnosis,
+        notices=notices,
     )
+    if request.page is not None and watch is not None:
+        result["report"] = write_page(
+            request.page, watch, result, evaluation, None if ann is None else batches, classes=classes,
+            history=manifest.get("history", ()), made_by=manifest.get("command"), data=request.data, seed=request.seed,
+            training=manifest.get("training"),
+        )  # fmt: skip
     early = None if leaving is None else asdict(leaving)
-    return {**found, "deployed": form, "spike_changes": changes, "early_exit": early}
+    return {**result, "deployed": request.form, "spike_changes": changes, "early_exit": early}
+
+
+def deployed(snn: fx.GraphModule, form: str, batches: Batches) -> tuple[fx.GraphModule, dict[str, float], str]:
+    """Return the copy for inference, how many spikes it changes in the first batch, and that in words."""
+    fast = deploy(snn, **FORMS[form])
+    inputs, _ = split_batch("report: data", next(iter(batches)), 1)
+    changes = spike_changes(snn, fast, *inputs)
+    share = 100 * sum(changes.values()) / len(changes)
+    return (
+        fast,
+        changes,
+        (
+            f"Measured: the copy for inference, in {form}; in the first {batches.batch_size} samples spikes differ at "
+            f"{share:.2f} % of neurons and steps, on average over sites. The energy is that of 32 bits."
+        ),
+    )
 
 
 def stored_preprocessing(
-    manifest: dict[str, Any], overrides: Mapping[str, tuple[Any, ...] | None]
+    manifest: Mapping[str, Any], overrides: Mapping[str, tuple[Any, ...] | None]
 ) -> tuple[AnyPreprocessing, list[str]]:
     """Return what turns images into input, and which of its fields nobody ever named.
 

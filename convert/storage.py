@@ -209,6 +209,27 @@ def load(
     >>> snn.meta["lmh_manifest"]["recipe"]["timesteps"]
     4
     """
+    return load_conversion(file, source, rules=rules, trust_pickle=trust_pickle, modules=modules).snn
+
+
+def load_conversion(
+    file: str | Path,
+    source: str | Path | nn.Module | None = None,
+    *,
+    rules: Rules | None = None,
+    trust_pickle: bool = False,
+    modules: Iterable[str] = (),
+) -> Conversion:
+    """Read a spiking network as :func:`load` does, and return it with the ANN in rewritten form.
+
+    The prepared ANN has the weights of ``source``, where one is given or the manifest's own is a file; else it has
+    the right architecture and fresh weights, of which ``load`` needs no more.
+
+    >>> from lmh import zoo
+    >>> conversion = load_conversion("zoo:digits-cnn-t4", zoo.load("digits-cnn"))
+    >>> conversion.report.timesteps, conversion.prepared.spiking[0]
+    (4, 'stem.2')
+    """
     if rules is not None:
         check_kind("load: rules", rules, Mapping, "the rules of the conversion, as in rules={nn.GELU: as_neuron}")
         merged(rules)
@@ -230,12 +251,13 @@ def load(
         prepared = prepare(
             ann, recipe.sample_shape, rules=rules, keep=recipe.keep, surgery=surgery, maxpool=recipe.maxpool
         )
-        snn = assemble(prepared, calibration, recipe).snn
+        conversion = assemble(prepared, calibration, recipe)
     except (ArgumentError, AuditError) as error:
         raise ArtifactError(
             f"{path}: {type(ann).__name__} is not the module that was converted ({_first_problem(error)}); expected "
             "one that gives the same graph. Pass that module as source=, and the conversion's own rules= if it had any."
         ) from error
+    snn = conversion.snn
     if _structure(snn) != manifest["structure"]:
         raise ArtifactError(
             f"{path}: {manifest['source']['name'] or 'the source'} gives another graph than the file was made from; "
@@ -246,7 +268,7 @@ def load(
     except RuntimeError as error:
         raise ArtifactError(f"{path}: tensors are missing or of another shape. Make the file again.") from error
     snn.meta[MANIFEST] = manifest
-    return snn
+    return conversion
 
 
 def _first_problem(error: ArgumentError | AuditError) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class Training:
         history = [
             {
                 "stage": stage.name,
-                "epochs": [{**plain_value(result), "neurons": None} for result in stage.history],
+                "epochs": [asdict(result) for result in stage.history],
             }
             for stage in tuned.stages
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,12 +22,29 @@ from .structures import example_tensor, input_count, only_tensor
 from .time_axis import Readout, Timed, call, takes_events, time_axis
 
 
+class Outputs(NamedTuple):
+    """What a batch came to.
+
+    Attributes:
+        inputs: as they were given, [N, *F] each; [T, N, *F] for event frames.
+        labels: [N], or None.
+        snn: the answer after t = 1…T steps, [T, N, classes].
+        ann: [N, classes], or None without ANN.
+    """
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor | None
+    snn: Tensor
+    ann: Tensor | None
+
+
 def evaluate(
     snn: fx.GraphModule,
     data: Iterable[Any] | Tensor,
     *,
     ann: nn.Module | None = None,
     on_batch: Callable[[int], None] | None = None,
+    on_outputs: Callable[[Outputs], None] | None = None,
 ) -> Evaluation:
     """Measure a converted network, beside its source ANN where one is given.
 
@@ -37,6 +54,7 @@ def evaluate(
             floating and normalised, y whole numbers [N]. For a network with k inputs, (x1, …, xk, y).
         ann: the source, for its accuracy and for how far the outputs are apart.
         on_batch: told the number of samples done.
+        on_outputs: given what every batch came to.
 
     Returns:
         Accuracies are fractions of 1; one entry for each t = 1…T.
@@ -77,7 +95,10 @@ def evaluate(
             if not all(torch.isfinite(x).all() for x in given):
                 raise DataError("the data holds NaN or infinite values; expected finite ones. Check the images.")
             outputs = only_tensor(counter.count(tuple(x.to(like) for x in given), count), "evaluate")
-            score.add(outputs, y, None if ann is None else _ann_outputs(ann, given, events))
+            answers = None if ann is None else _ann_outputs(ann, given, events)
+            score.add(outputs, y, answers)
+            if on_outputs is not None:
+                on_outputs(Outputs(given, y, outputs, answers))
             if on_batch is not None:
                 on_batch(score.samples)
     if score.samples == 0:
@@ -141,6 +162,7 @@ class _Score:
             agreement=over(self.agreed, self.compared),
             output_error=self.distance / self.norm if self.norm else None,
             firing_rate=counter.firing_rates(),
+            channel_rate=counter.channel_rates(),
             layers=counter.layers(self.samples),
             uncounted=tuple(counter.uncounted),
         )
@@ -153,7 +175,7 @@ class _Counter(fx.Interpreter):
         super().__init__(snn)
         self.frames = timesteps if events else 1
         self.binary, self.tail = binary_nodes(snn), tail_nodes(snn)
-        self.spikes: dict[str, int] = {}
+        self.spikes: dict[str, Tensor] = {}
         self.chances: dict[str, int] = {}
         self.fan_outs: dict[fx.Node, Tensor] = {}
         self.accumulates: dict[fx.Node, float] = {}
@@ -172,8 +194,9 @@ class _Counter(fx.Interpreter):
         value = super().run_node(n)
         if n.op == "call_module" and isinstance(self.submodules[str(n.target)], SpikingSite):
             path = str(n.target)
-            self.spikes[path] = self.spikes.get(path, 0) + int(torch.count_nonzero(value))
-            self.chances[path] = self.chances.get(path, 0) + value.numel()
+            fired = torch.count_nonzero(value, [axis for axis in range(value.ndim) if axis != 1])
+            self.spikes[path] = self.spikes[path] + fired if path in self.spikes else fired
+            self.chances[path] = self.chances.get(path, 0) + value.numel() // value.shape[1]
         elif kind_of(n) is Kind.SYNAPSE:
             self._count_work(n, self.env[signal_input(n)], value)
         elif kind_of(n) is Kind.UNKNOWN and not isinstance(module_of(n), Timed):
@@ -210,7 +233,11 @@ class _Counter(fx.Interpreter):
 
     def firing_rates(self) -> dict[str, float]:
         """Return mean spikes per neuron and step, by site."""
-        return {path: self.spikes[path] / self.chances[path] for path in self.spikes}
+        return {path: int(spikes.sum()) / (self.chances[path] * len(spikes)) for path, spikes in self.spikes.items()}
+
+    def channel_rates(self) -> dict[str, tuple[float, ...]]:
+        """Return the same of every channel."""
+        return {path: tuple((spikes.double() / self.chances[path]).tolist()) for path, spikes in self.spikes.items()}
 
     def layers(self, samples: int) -> tuple[LayerWork, ...]:
         """Return the work of each weighted layer and kept node for one sample."""

@@ -193,6 +193,7 @@ class Evaluation:
         agreement: fraction of samples where SNN and ANN give the same class, by t; None without ANN.
         output_error: mean ‖SNN − ANN‖ / mean ‖ANN‖ of the outputs at T; None without ANN.
         firing_rate: mean spikes per neuron and step, by site path.
+        channel_rate: the same of every channel (axis 1).
         layers: work by weighted layer and kept node.
         uncounted: paths of kept modules with weights whose work could not be counted; the true work is higher.
     """
@@ -203,6 +204,7 @@ class Evaluation:
     agreement: tuple[float, ...] | None
     output_error: float | None
     firing_rate: Mapping[str, float]
+    channel_rate: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     layers: tuple[LayerWork, ...] = field(default=())
     uncounted: tuple[str, ...] = ()
 

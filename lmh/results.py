@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import fx
@@ -11,6 +12,9 @@ from .energy import ASSUMPTIONS, picojoules, uncounted_text
 from .records import Evaluation
 from .spiking import COEFFICIENTS, PerStep, SpikingSite, sites
 from .time_axis import time_axis
+
+SATURATED = 0.99
+"""Spikes per neuron and step from which on a channel says no more."""
 
 
 def describe_network(
@@ -43,7 +47,7 @@ def describe_network(
         spiking_coverage: share of activation elements that spike, 0 to 1, where it is known.
     """
     time = time_axis(snn)
-    rates = evaluation.firing_rate if evaluation else {}
+    rates = evaluation.channel_rate if evaluation else {}
     return {
         "source": source,
         "timesteps": time.timesteps,
@@ -58,6 +62,7 @@ def describe_network(
         "diagnosis": diagnosis,
         "energy": _energy(evaluation) if evaluation else None,
         "output": output,
+        "report": None,
         "exports": [],
         "failed_exports": {},
         "notices": [*notices, *([uncounted_text(evaluation.uncounted)] if evaluation and evaluation.uncounted else [])],
@@ -70,7 +75,7 @@ def _figures(evaluation: Evaluation | None) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def _site(path: str, site: SpikingSite, rate: float | None) -> dict[str, Any]:
+def _site(path: str, site: SpikingSite, rates: Sequence[float] | None) -> dict[str, Any]:
     theta = site.v_threshold.detach()
     if isinstance(site.neuron.granularity, PerStep):
         theta = theta.mean(0)  # [T] or [T, C]: the summary is over channels
@@ -81,8 +86,19 @@ def _site(path: str, site: SpikingSite, rate: float | None) -> dict[str, Any]:
         "v_threshold": float(theta.mean()),
         "v_threshold_min": float(theta.min()),
         "v_threshold_max": float(theta.max()),
-        "firing_rate": rate,
+        **_rates(rates),
         **{name: float(value.detach().mean()) for name, value in zip(COEFFICIENTS, site.coefficients(), strict=True)},
+    }
+
+
+def _rates(rates: Sequence[float] | None) -> dict[str, float | None]:
+    """What a site's channels fire: their mean, and the shares of 1 that never do or at nearly every step."""
+    if not rates:
+        return dict.fromkeys(("firing_rate", "silent_channels", "saturated_channels"))
+    return {
+        "firing_rate": sum(rates) / len(rates),
+        "silent_channels": sum(rate == 0 for rate in rates) / len(rates),
+        "saturated_channels": sum(rate >= SATURATED for rate in rates) / len(rates),
     }
 
 
@@ -105,6 +121,7 @@ def _energy(evaluation: Evaluation) -> dict[str, Any]:
         "synops": sum(layer.accumulates for layer in layers),
         "snn_macs": sum(layer.macs for layer in layers),
         "ann_macs": sum(layer.ann_macs for layer in layers),
+        "layers": [asdict(layer) for layer in layers],
         "uncounted": list(evaluation.uncounted),
         "assumptions": ASSUMPTIONS,
     }

@@ -107,6 +107,8 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     )
     if result["output"]:
         console.print(f"Written: {result['output']}", soft_wrap=True)
+    if result["report"]:
+        console.print(f"Report: {result['report']}", soft_wrap=True)
     for export in result["exports"]:
         console.print(f"Written: {export['file']}. {export['check']}", markup=False, soft_wrap=True)
         for line in loss_lines(export["lost"]):

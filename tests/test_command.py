@@ -22,7 +22,7 @@ TUNED = ("--finetune", 2, "--train-samples", 200)
 FIGURES = {"samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error"}
 OTHERS = (
     "source timesteps readout calibration training_free stages sites nodes spiking_coverage diagnosis energy output "
-    "exports failed_exports notices"
+    "report exports failed_exports notices"
 )
 KEYS = FIGURES | set(OTHERS.split())
 ZOO = ("zoo:digits-cnn", "-T", STEPS)
@@ -108,7 +108,9 @@ def test_the_figures_are_fractions_of_the_samples(plain: Job) -> None:
 
 def test_what_is_unknown_without_data_is_null_and_present(blind: Job) -> None:
     result = blind.printed.result
-    assert {key for key, value in result.items() if value is None} == {*FIGURES, "training_free", "diagnosis", "energy"}
+    assert {key for key, value in result.items() if value is None} == {
+        *FIGURES, "training_free", "diagnosis", "energy", "report"
+    }  # fmt: skip
     assert all(site["firing_rate"] is None for site in result["sites"])
     assert "BatchNormStatistics" in result["calibration"]
     assert any("No data was given" in notice for notice in result["notices"])

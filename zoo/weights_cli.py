@@ -121,11 +121,11 @@ def publish_command(
 
 
 def _measured(path: Path, data: str, terminal: Terminal) -> dict[str, Any] | None:
-    from ..convert.report_cli import report
+    from ..convert.report_cli import Request, report
 
     if read_tensors(path)[1].get("format") != FORMAT:
         return None
-    return report(str(path), data, terminal)
+    return report(Request(str(path), data), terminal)
 
 
 def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:

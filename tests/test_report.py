@@ -1,0 +1,304 @@
+"""The report: what it counts against counts of our own, its figures, its page, and the commands that write it."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import nets
+from commands import command, succeed
+from lmh import evaluate, per_step, zoo
+from lmh.convert import Conversion, EventFrames, convert
+from lmh.convert.reporting import CHANGED_SHOWN, report_on
+from lmh.convert.storage import load_conversion
+from lmh.energy import PICOJOULE_PER_ACCUMULATE, PICOJOULE_PER_MAC
+from lmh.errors import ArgumentError
+from lmh.report import NetworkReport, figures, report_page, write_report
+from lmh.report.records import BINS_PER_THRESHOLD
+from lmh.zoo import Batches, DataSet
+
+FIGURES = (
+    "accuracy", "confusion", "energy", "firing_rates", "graph", "losses", "neurons", "site_errors", "thresholds",
+)  # fmt: skip
+HISTORY = [{"stage": "STBP", "epochs": [
+    {"epoch": 0, "loss": 2.0, "val_accuracy": None, "neurons": {"a": {"v_threshold": [1.0], "lambda_s": [0.5, 0.7]}}},
+    {"epoch": 1, "loss": 1.5, "val_accuracy": 0.75, "neurons": {"a": {"v_threshold": [1.2], "lambda_s": [0.4, 0.6]}}},
+]}]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a page holds: its tags, ids, and what it refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.unlabelled: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [found["id"] or ""] if "id" in found else []
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if (tag == "svg" and not found.get("aria-label")) or (tag == "img" and not found.get("alt")):
+            self.unlabelled.append(self.get_starttag_text() or tag)
+
+
+@pytest.fixture(scope="module")
+def one_step() -> Conversion:
+    """The zoo's network at T = 1, which answers some digits otherwise."""
+    digits, card = zoo.load_data("digits"), zoo.card("digits-cnn")
+    order = zoo.seeded_order(digits.train, 0)[:256]
+    return convert(zoo.load("digits-cnn"), 1, data=Batches(digits.train, card.preprocessing, indices=order))
+
+
+@pytest.fixture(scope="module")
+def report(one_step: Conversion) -> NetworkReport:
+    digits = zoo.load_data("digits")
+    test = Batches(digits.test, zoo.card("digits-cnn").preprocessing, batch_size=100)
+    return report_on(one_step, test, ann=zoo.load("digits-cnn"), classes=digits.classes, facts={"data": "digits"})
+
+
+def without(report: NetworkReport, **changes: Any) -> NetworkReport:
+    """The report with another result."""
+    return NetworkReport({**report.result, **changes})
+
+
+class TestWhatItCounts:
+    def test_every_answer_is_in_the_confusion_matrix(self, report: NetworkReport) -> None:
+        total = sum(count for _, _, count in report.confusion)
+        right = sum(count for label, answer, count in report.confusion if label == answer)
+        assert total == report.result["samples"] == 360
+        assert right / total == pytest.approx(report.result["snn_accuracy"][-1])
+        assert right < total
+
+    def test_changed_samples_are_the_first_that_the_ann_answers_otherwise(
+        self, report: NetworkReport, one_step: Conversion, digits: DataSet
+    ) -> None:
+        test = Batches(digits.test, zoo.card("digits-cnn").preprocessing, batch_size=360)
+        ((x, y),) = test
+        with torch.no_grad():
+            ann, snn = zoo.load("digits-cnn")(x).argmax(1), one_step.snn(x).argmax(1)
+        places = (ann != snn).nonzero().flatten().tolist()[:CHANGED_SHOWN]
+        assert [sample.position for sample in report.changed] == places
+        assert len(places) == CHANGED_SHOWN
+        for sample in report.changed:
+            place = sample.position
+            assert (sample.label, sample.ann, sample.snn) == (int(y[place]), int(ann[place]), (int(snn[place]),))
+            assert [raster.site for raster in sample.rasters] == ["stem.2", "block.relu1", "down.2"]
+            assert all(raster.neurons == len({row for _, row in raster.spikes}) for raster in sample.rasters)
+
+    def test_rates_of_channels_are_means_of_their_spikes(self) -> None:
+        ann = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        with torch.no_grad():
+            ann[0].weight[0], ann[0].bias[0] = 0.0, -1.0
+            ann[0].weight[1], ann[0].bias[1] = 0.0, 5.0
+        x = torch.rand(32, 3)
+        conversion = convert(ann, 4, data=x)
+        spikes: list[Tensor] = []
+        conversion.snn.get_submodule("1").register_forward_hook(lambda _m, _i, output: spikes.append(output != 0))
+        per_step(conversion.snn, x)
+        found = evaluate(conversion.snn, x)
+        assert found.channel_rate["1"] == pytest.approx(spikes[0].double().mean(0).tolist())
+        assert found.channel_rate["1"][:2] == (0.0, 1.0)
+        (site,) = report_on(conversion, x).result["sites"]
+        assert (site["silent_channels"], site["saturated_channels"]) == (0.25, 0.25)
+        assert site["firing_rate"] == pytest.approx(found.firing_rate["1"])
+
+    def test_activations_lie_where_they_do(self) -> None:
+        ann, x = nets.two_layers(), torch.rand(64, 4)
+        conversion = convert(ann, 4, data=x)
+        (shares,) = report_on(conversion, x).activations.values()
+        with torch.no_grad():
+            scaled = ann[1](ann[0](x)) / conversion.snn.get_submodule("1").v_threshold
+        assert sum(shares) == pytest.approx(float((scaled > 0).double().mean()))
+        beyond = float((scaled > 1).double().mean())
+        assert sum(shares[BINS_PER_THRESHOLD:]) == pytest.approx(beyond, abs=0.02)
+        assert beyond > 0
+
+    def test_nodes_say_what_they_work_on(self, report: NetworkReport) -> None:
+        fates = {node.path: node.fate for node in report.nodes}
+        assert fates["stem.0"] == "once"
+        assert fates["stem.2"] == "neurons"
+        assert fates["block.conv1"] == "reads spikes"
+        assert fates["block.add"] == "reads values"
+        assert fates["head"] == "time mean"
+        (add,) = [node for node in report.nodes if node.path == "block.add"]
+        assert {report.nodes[place].path for place in add.inputs} == {"block.bn2", "stem.2"}
+
+    def test_event_frames_have_a_report_too(self) -> None:
+        ann = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+        x = torch.rand(3, 5, 2, 8, 8)  # T, N
+        conversion = convert(ann, 3, data=x, encoding=EventFrames())
+        found = report_on(conversion, [(x, torch.tensor([0, 1, 2, 0, 1]))], ann=ann)
+        assert found.result["samples"] == 5
+        assert found.nodes[0].fate == "reads values"
+        assert sum(found.activations["1"]) > 0
+        assert "<svg" in report_page(found)
+
+
+class TestFigures:
+    @pytest.mark.parametrize("name", FIGURES)
+    def test_each_is_drawn_from_a_whole_report_and_from_its_json(self, report: NetworkReport, name: str) -> None:
+        whole = NetworkReport.from_json({**report.to_json(), "training": _stages()})
+        again = NetworkReport.from_json(json.loads(json.dumps(whole.to_json())))
+        assert again.to_json() == whole.to_json()
+        for found in (whole, again):
+            assert isinstance(getattr(figures, name)(found), Figure)
+
+    def test_they_show_what_was_measured(self, report: NetworkReport) -> None:
+        accuracy = figures.accuracy(report).axes[0]
+        drawn = {line.get_label(): list(line.get_ydata()) for line in accuracy.lines}
+        assert drawn["SNN"] == pytest.approx([100 * value for value in report.result["snn_accuracy"]])
+        assert drawn["ANN"][0] == pytest.approx(100 * report.result["ann_accuracy"])
+        bars = figures.energy(report).axes[0].patches
+        assert sum(bar.get_width() for bar in bars) == pytest.approx(report.result["energy"]["snn_pj"] / 1e6)
+        errors = figures.site_errors(report).axes[0].lines[0].get_xdata()
+        rows = report.result["diagnosis"]["rows"]
+        assert list(errors) == pytest.approx([100 * row["total"] for row in rows])
+
+    def test_layers_add_up_to_the_energy(self, report: NetworkReport) -> None:
+        energy = report.result["energy"]
+        snn = sum(
+            PICOJOULE_PER_ACCUMULATE * layer["accumulates"] + PICOJOULE_PER_MAC * layer["macs"]
+            for layer in energy["layers"]
+        )
+        assert snn == pytest.approx(energy["snn_pj"])
+        assert sum(layer["ann_macs"] for layer in energy["layers"]) == energy["ann_macs"]
+
+    @pytest.mark.parametrize(("name", "advice"), [
+        ("accuracy", "--data"), ("confusion", "labels"), ("energy", "--data"), ("firing_rates", "--data"),
+        ("losses", "--finetune"), ("neurons", "--finetune"), ("site_errors", "--diagnose"), ("thresholds", "ANN"),
+        ("graph", "lmh report"),
+    ])  # fmt: skip
+    def test_one_that_lacks_something_says_what_to_run(
+        self, name: str, advice: str, digits_calibration: Batches
+    ) -> None:
+        conversion = convert(zoo.load("digits-cnn"), 2, data=digits_calibration)
+        nothing = NetworkReport(report_on(conversion).result)
+        with pytest.raises(ArgumentError, match=rf"^The report has no .*{advice}"):
+            getattr(figures, name)(nothing)
+
+    def test_of_many_classes_the_most_frequent_confusions_are_shown(self, report: NetworkReport) -> None:
+        many = NetworkReport(report.result, confusion=((0, 0, 9), (0, 99, 5), (7, 3, 6)), classes=("zero",))
+        labels = [label.get_text() for label in figures.confusion(many).axes[0].get_yticklabels()]
+        assert labels == ["7 → 3", "zero → 99"]
+
+    def test_a_file_without_neurons_by_epoch_says_so(self, report: NetworkReport) -> None:
+        epochs = [{**epoch, "neurons": {}} for epoch in _stages()[0]["epochs"]]
+        old = NetworkReport.from_json({**report.to_json(), "training": [{**_stages()[0], "epochs": epochs}]})
+        assert isinstance(figures.losses(old), Figure)
+        with pytest.raises(ArgumentError, match="fine-tune it again"):
+            figures.neurons(old)
+
+
+def _stages() -> list[dict[str, Any]]:
+    """A training as a report's JSON has it."""
+    epochs = [{"type": "Epoch", **epoch} for epoch in HISTORY[0]["epochs"]]
+    return [{"type": "TrainingStage", "name": "STBP", "epochs": epochs}]
+
+
+class TestThePage:
+    def test_it_needs_nothing_else_and_names_every_picture(self, report: NetworkReport) -> None:
+        page = Page(report_page(report))
+        assert not [found for found in page.references if not found.startswith(("#", "data:"))]
+        assert not {"script", "link", "iframe"} & set(page.tags)
+        assert len(page.ids) == len(set(page.ids))
+        assert not page.unlabelled
+        assert page.tags.count("svg") == 7 + CHANGED_SHOWN
+
+    def test_ink_takes_the_colour_of_the_page(self, report: NetworkReport) -> None:
+        text = report_page(report)
+        assert figures.INK not in text.replace(f"--ink: {figures.INK}", "")
+        assert "currentColor" in text
+        assert "prefers-color-scheme: dark" in text
+
+    def test_it_begins_with_the_figures_that_matter(self, report: NetworkReport) -> None:
+        text = report_page(report)
+        for value in (report.result["ann_accuracy"], report.result["snn_accuracy"][-1]):
+            assert f"{100 * value:.2f} %" in text
+        assert f"{report.result['energy']['ratio']:.2f}" in text
+        assert report.result["energy"]["assumptions"] in text
+
+    def test_what_is_missing_is_said_once(self, one_step: Conversion) -> None:
+        text = report_page(report_on(one_step))
+        assert text.count("was not fine-tuned") == 1
+        assert "No sample was compared with the ANN" in text
+        assert "unknown" in text
+
+    def test_names_are_text_and_not_markup(self, report: NetworkReport) -> None:
+        evil = "<script>alert(1)</script>"
+        found = NetworkReport({**report.result, "source": evil}, confusion=report.confusion, classes=(evil,) * 10,
+                              changed=report.changed, facts={"data": evil})  # fmt: skip
+        text = report_page(found)
+        assert "<script" not in text
+        assert "&lt;script&gt;" in text
+
+    def test_files_of_another_kind_are_refused(self, report: NetworkReport, tmp_path: Path) -> None:
+        with pytest.raises(ArgumentError, match=r"ends in \.html"):
+            write_report(report, tmp_path / "report.pdf")
+        page, values = write_report(report, tmp_path / "report.html")
+        assert NetworkReport.from_json(json.loads(values.read_text())).confusion == report.confusion
+        assert page.read_text() == report_page(report)
+
+    @pytest.mark.parametrize("plain", [{}, {"type": "NetworkReport"}, {"type": "Other"}, []])
+    def test_json_of_something_else_is_refused(self, plain: Any) -> None:
+        with pytest.raises(ArgumentError, match=r"expected what a report's \.json holds"):
+            NetworkReport.from_json(plain)
+
+
+class TestTheCommands:
+    def test_a_conversion_with_training_reports_everything(self, tmp_path: Path) -> None:
+        page, net = tmp_path / "net.html", tmp_path / "net.safetensors"
+        printed = succeed(
+            "convert", "zoo:digits-cnn", "-T", 2, "--data", "digits", "--finetune", 1, "--train-samples", 64,
+            "--test-samples", 50, "--report", page, "--output", net, "--json",
+        )  # fmt: skip
+        assert printed.result["report"] == str(page)
+        found = NetworkReport.from_json(json.loads(page.with_suffix(".json").read_text()))
+        assert [len(stage.epochs) for stage in found.training] == [1]
+        assert found.training[0].epochs[0].neurons.keys() == {site["path"] for site in found.result["sites"]}
+        assert found.facts["data"] == "digits"
+        assert "was not fine-tuned" not in page.read_text()
+        again = tmp_path / "again.html"
+        printed = succeed("report", net, "--data", "digits", "--test-samples", 50, "--html", again)
+        assert f"Report: {again}" in printed.out
+        later = NetworkReport.from_json(json.loads(again.with_suffix(".json").read_text()))
+        assert later.result["snn_accuracy"] == found.result["snn_accuracy"]
+        assert [plain.neurons for plain in later.training[0].epochs] == [
+            plain.neurons for plain in found.training[0].epochs
+        ]
+        assert "made_by: " in again.read_text()
+
+    def test_a_report_needs_no_data(self, tmp_path: Path) -> None:
+        page = tmp_path / "net.html"
+        result = succeed("report", "zoo:digits-cnn-t4", "--html", page, "--json").result
+        assert result["samples"] is None
+        assert "Give data (--data)." in page.read_text()
+
+    @pytest.mark.parametrize(("option", "value"), [("--deploy", "int8"), ("--early-exit", "0.9")])
+    def test_what_measures_needs_data(self, option: str, value: str) -> None:
+        printed = command("report", "zoo:digits-cnn-t4", option, value)
+        assert printed.status == 2
+        assert f"{option} needs --data" in printed.err
+
+    @pytest.mark.parametrize("page", ["net.pdf", "gone/net.html"])
+    def test_a_page_that_cannot_be_written_is_refused_before_the_work(self, page: str, tmp_path: Path) -> None:
+        printed = command("report", "zoo:digits-cnn-t4", "--data", "digits", "--html", tmp_path / page)
+        assert printed.status == 2
+        assert "expected a" in printed.err
+
+    def test_the_saved_network_loads_with_the_anns_weights(self, digits_ann: nn.Module, digits_test: Batches) -> None:
+        conversion = load_conversion("zoo:digits-cnn-t4", digits_ann)
+        x, _ = next(iter(digits_test))
+        with torch.no_grad():
+            assert torch.allclose(conversion.prepared.model(x), digits_ann(x), atol=1e-5)
