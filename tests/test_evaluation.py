@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import nets
@@ -14,6 +15,7 @@ from lmh.energy import binary_nodes, fan_out, picojoules
 from lmh.errors import DataError
 from lmh.records import Calibration
 from lmh.results import describe_network
+from lmh.torchvision_shim import torchvision
 
 
 def by_hand(ann: nn.Module, timesteps: int, x: Tensor, **thetas: float) -> nn.Module:
@@ -263,3 +265,34 @@ def test_kept_layers_without_products_are_no_news() -> None:
     result = evaluate(convert(ann, 3, data=x, surgery=ReluSurgery((nn.GELU,))).snn, [x])
     assert result.uncounted == ()
     assert [layer.path for layer in result.layers] == ["0", "3", "5"]
+
+
+def test_the_work_of_a_resnet18_is_that_of_an_independent_count() -> None:
+    """Multiply-accumulates by the formula for a layer's shape, SynOps by a convolution of the spikes with ones."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    snn = convert(torchvision().models.resnet18(weights=None), 3, data=x).snn
+    macs: dict[str, int] = {}
+    synops: dict[str, int] = {}
+
+    def look(path: str, layer: nn.Conv2d) -> None:
+        def hook(_layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            macs[path] = output[0].numel() * layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
+            ones = torch.ones(1, layer.in_channels, *layer.kernel_size)
+            reached = F.conv2d((inputs[0] != 0).float(), ones, stride=layer.stride, padding=layer.padding)
+            synops[path] = synops.get(path, 0) + int(reached.double().sum()) * layer.out_channels
+
+        layer.register_forward_hook(hook)
+
+    for path, layer in snn.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            look(path, layer)
+    work = {layer.path: layer for layer in evaluate(snn, x).layers}
+    assert len(macs) == 20
+    for path, count in macs.items():
+        assert work[path].ann_macs == count
+        assert work[path].macs == (count if path == "conv1" else 0)
+        assert work[path].accumulates == (0 if path == "conv1" else synops[path] / len(x)), path
+    assert (work["fc"].ann_macs, work["fc"].macs, work["fc"].accumulates) == (512 * 1000, 512 * 1000, 0)
+    assert sum(synops.values()) > 0
+    assert work.keys() == {*macs, "fc"}

@@ -199,7 +199,11 @@ def losses(report: NetworkReport) -> Figure:
     measured = any(value is not None for value in held_out)
     figure, axes = _figure(4.4 if measured else 2.8, 2 if measured else 1, sharex=True)
     positions = np.arange(1, len(epochs) + 1)
-    axes[0].plot(positions, [epoch.loss for epoch in epochs], color=BLUE, marker=".")
+    first = 0
+    for stage in report.training:
+        last = first + len(stage.epochs)
+        axes[0].plot(positions[first:last], [epoch.loss for epoch in stage.epochs], color=BLUE, marker=".")
+        first = last
     axes[0].set_ylabel("loss")
     if measured:
         percent = [np.nan if value is None else 100 * value for value in held_out]

@@ -220,9 +220,10 @@ def _changed_text(report: NetworkReport) -> str:
     if agreement is None:
         return "No sample was compared with the ANN: give data (--data), with the ANN at hand."
     changed = round((1 - agreement) * report.result["samples"])
-    return f"{changed} of {report.result['samples']} samples get another answer than from the ANN" + (
-        f"; the first {len(report.changed)} of them:" if report.changed else "."
-    )
+    end = "."
+    if report.changed:
+        end = ":" if len(report.changed) == changed else f"; the first {len(report.changed)}:"
+    return f"{changed} of {report.result['samples']} samples get another answer than from the ANN{end}"
 
 
 def _samples(report: NetworkReport) -> Iterator[dict[str, Any]]:
