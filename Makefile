@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TYPES := .types/lmh
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs types bench clean
 
 demo: $(INSTALLED)
 	mkdir -p runs/demo
@@ -16,12 +16,19 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) types
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# runs/site; warnings are errors.
+docs: $(INSTALLED) types
+	$(BIN)/mkdocs build --strict
+
+# The tree as it installs, for tools that read sources.
+types:
 	rm -rf .types && mkdir -p $(TYPES)
 	ln -s ../../convert ../../calibrate ../../finetune ../../zoo $(TYPES)/
 	for file in lmh/*.py lmh/report lmh/py.typed; do ln -s ../../$$file $(TYPES)/; done
-	$(BIN)/mypy
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/all.py
@@ -34,5 +41,5 @@ clean:
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,onnx,nir,events]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,onnx,nir,events]'
 	touch $@

@@ -1,0 +1,122 @@
+"""The documentation: every Python block and every command of its guides runs, and its pages build without a warning."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from lmh.cli import lmh, run
+from lmh.convert.cli import convert_command
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+IN_TEST_README = ("finetuning.md", "inference.md", "zoo.md")  # which runs them with data of their own
+GUIDES = sorted(path.name for path in DOCS.glob("*.md") if path.name not in IN_TEST_README)
+SMALLER = {"--budget 10": "--budget 0.1", "--distill 20": "--distill 1", "--finetune 3": "--finetune 1"}
+SOURCE_FOLDERS = ("lmh", "convert", "calibrate", "finetune", "zoo")
+
+
+def blocks(kind: str, page: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the guides' commands name: a network in net.pt and pictures in photos."""
+    torch.manual_seed(0)
+    generator = np.random.default_rng(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=4), nn.BatchNorm2d(8),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2),
+    )  # fmt: skip
+    torch.save(net, tmp_path / "net.pt")
+    for part in ("train", "test"):
+        for kind in ("cat", "dog"):
+            place = tmp_path / "photos" / part / kind
+            place.mkdir(parents=True)
+            for index in range(16):
+                Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(place / f"{index}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in GUIDES if blocks("python", page)])
+def test_the_python_blocks_of_a_guide_run_in_order(page: str, folder: Path) -> None:
+    names: dict[str, object] = {"__name__": "guide"}
+    for block in blocks("python", page):
+        exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", [page for page in GUIDES if blocks("console", page)])
+def test_the_commands_of_a_guide_run(page: str, folder: Path) -> None:
+    for block in blocks("console", page):
+        for line in block.splitlines():
+            text = line.partition("#")[0].strip()
+            for long, short in SMALLER.items():
+                text = text.replace(long, short)
+            words = shlex.split(text)
+            if words[:1] == ["lmh-convert"]:
+                assert run(convert_command, words[1:]) == 0, line
+            elif words[:1] == ["lmh"]:
+                assert run(lmh, words[1:]) == 0, line
+            elif words[:1] == ["python"]:  # tests/test_benchmarks.py runs it
+                assert (ROOT / words[1]).is_file(), line
+            else:
+                assert words[:2] == ["pip", "install"], line
+
+
+def test_the_messages_in_the_troubleshooting_guide_are_those_of_the_code() -> None:
+    code = "".join(path.read_text() for name in SOURCE_FOLDERS for path in (ROOT / name).rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # a sentence over several lines
+    text = (DOCS / "troubleshooting.md").read_text()
+    tables = re.findall(r"^\| message .*?\n((?:\|.*\n)+)", text, re.MULTILINE)
+    found = [message for table in tables for message in re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)]
+    assert len(found) > 12
+    assert [message for message in found if message not in code] == []
+
+
+@pytest.mark.parametrize("package", ["lmh", "lmh.convert", "lmh.calibrate", "lmh.finetune", "lmh.zoo", "lmh.report"])
+def test_every_public_name_is_in_the_reference(package: str) -> None:
+    page = (DOCS / "api" / f"{package.rpartition('.')[2]}.md").read_text()
+    shown = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}
+    assert not {*importlib.import_module(package).__all__} - shown
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "results" not in path.parts}
+    assert pages == set(re.findall(r"[\w/-]+\.md", text))
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    program = Path(sys.executable).parent / "mkdocs"
+    if not program.is_file():
+        pytest.skip("needs mkdocs-material and mkdocstrings: pip install '.[docs]'")
+    tree = tmp_path / ".types" / "lmh"  # as `make types` builds it
+    tree.mkdir(parents=True)
+    for name in ("convert", "calibrate", "finetune", "zoo"):
+        (tree / name).symlink_to(ROOT / name)
+    for path in [*(ROOT / "lmh").glob("*.py"), ROOT / "lmh" / "report"]:
+        (tree / path.name).symlink_to(path)
+    shutil.copytree(DOCS, tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    done = subprocess.run(
+        [program, "build", "--strict"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "runs" / "site" / "api" / "convert" / "index.html").read_text()
+    assert "Convert a pretrained ANN to a spiking network of LM-H neurons." in page
+    assert ":func:" not in page
