@@ -77,6 +77,18 @@ def test_the_commands_of_a_guide_run(page: str, folder: Path) -> None:
                 assert words[:2] == ["pip", "install"], line
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "options", "said"), [
+    ("resnet_on_digits", ["--epochs", 1, "--train-samples", 128, "--tune", 1], r"SNN, fine-tuned, t = 1…4: [\d.]+,"),
+    ("own_activation", ["--epochs", 6, "--tune", 1], r"Refused: .*no rule for .*SNN, fine-tuned: [789]\d\.\d\d %"),
+])  # fmt: skip
+def test_an_example_runs(script: str, options: list[object], said: str, tmp_path: Path) -> None:
+    words = [sys.executable, ROOT / "examples" / f"{script}.py", *map(str, options)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(said, done.stdout, re.DOTALL), done.stdout
+
+
 def test_the_messages_in_the_troubleshooting_guide_are_those_of_the_code() -> None:
     code = "".join(path.read_text() for name in SOURCE_FOLDERS for path in (ROOT / name).rglob("*.py"))
     code = re.sub(r'"\s*\n\s*f?"', "", code)  # a sentence over several lines

@@ -20,7 +20,7 @@ def graph_nodes(snn: fx.GraphModule) -> tuple[GraphNode, ...]:
 
     >>> from lmh.convert import load
     >>> nodes = graph_nodes(load("zoo:digits-cnn-t4"))
-    >>> [node.fate for node in nodes if node.what == "Conv2d"]
+    >>> [node.fate for node in nodes if node.what == "Conv2d"][:2]
     ['once', 'reads spikes']
     """
     binary, tail, events = binary_nodes(snn), tail_nodes(snn), takes_events(snn)
