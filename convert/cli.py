@@ -24,6 +24,7 @@ from ..records import Evaluation, plain_value
 from ..results import describe_network
 from ..terminal import Terminal, print_fates, print_result
 from ..time_axis import MAX_TIMESTEPS
+from ..verbosity import verbosity_options
 from ..zoo.images import Batches
 from .calibration_cli import calibration_options, diagnosed
 from .cli_inputs import DATA_HELP, SEED, Amounts, Inputs, NumbersType, ReadoutType, open_inputs, source_options
@@ -123,6 +124,7 @@ class Job:
 )
 @click.option("--report", type=PageType(), metavar="FILE.html", help=PAGE_HELP)
 @click.option("--dry-run", is_flag=True, help="Only say what would become of every node; convert nothing.")
+@verbosity_options
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
 )

@@ -11,6 +11,7 @@ from torch import fx
 
 from ..artifact import user_path
 from ..terminal import Terminal
+from ..verbosity import verbosity_options
 from .cli_inputs import MODULE_OPTION, TRUST_OPTION
 from .export import Exact, Exported, Project, export_nir, export_onnx, export_pt2
 from .pipeline import Conversion
@@ -49,6 +50,7 @@ def export_as(name: str, network: Conversion | fx.GraphModule, file: Path) -> Ex
 @click.option("--source", metavar="FILE", help="The ANN, where the saved network names none that can be built.")
 @TRUST_OPTION
 @MODULE_OPTION
+@verbosity_options
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
 )

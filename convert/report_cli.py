@@ -20,6 +20,7 @@ from ..results import describe_network
 from ..streaming import exit_curve
 from ..structures import each_shape
 from ..terminal import Terminal, print_result
+from ..verbosity import verbosity_options
 from ..zoo.data import check_kind_of_data
 from ..zoo.images import AnyPreprocessing, Batches, FramePreprocessing, Preprocessing
 from .calibration_cli import diagnosed
@@ -70,6 +71,7 @@ FORMS: dict[str, dict[str, Any]] = {
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the sample order.")
 @TRUST_OPTION
 @MODULE_OPTION
+@verbosity_options
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
 )

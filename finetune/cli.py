@@ -28,6 +28,7 @@ from ..records import plain_value
 from ..results import describe_network
 from ..terminal import Terminal, print_result
 from ..time_axis import MAX_TIMESTEPS
+from ..verbosity import verbosity_options
 from ..zoo.data import check_kind_of_data
 from .checkpoint import Checkpoint
 from .cli_recipe import Wishes, recipe_options
@@ -142,6 +143,7 @@ class Start:
 @click.option("--checkpoint-minutes", type=click.FloatRange(min=0, min_open=True), help="Also after this much time.")
 @click.option("--log", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="JSON lines, appended.")
 @click.option("--tensorboard", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Event files.")
+@verbosity_options
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there."
 )

@@ -6,6 +6,7 @@ import importlib
 import json
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import click
 from . import __version__
 from .errors import LMHError
 from .pages import keep_freed_memory
+from .verbosity import Verbosity, set_verbosity, verbosity
 
 COMMANDS = {
     "convert": ("lmh.convert.cli", "convert_command", "Convert a model to a spiking network (lmh-convert)."),
@@ -58,6 +60,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     keep_freed_memory()
+    set_verbosity(Verbosity.NORMAL)
     try:
         result: Any = command.main(arguments, prog_name=command.name, standalone_mode=False)
     except click.UsageError as error:
@@ -80,6 +83,8 @@ def command_line() -> str:
 
 
 def _say(arguments: list[str], message: str, usage: click.UsageError | None) -> None:
+    if verbosity() is Verbosity.VERBOSE:
+        traceback.print_exc()
     if "--json" in arguments:
         click.echo(json.dumps({"error": message}))
     elif usage is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from .energy import PICOJOULE_PER_ACCUMULATE, PICOJOULE_PER_MAC
+from .verbosity import Verbosity, verbosity
+
 Advance = Callable[[int, str], None]
 SHOWN = 3
 
@@ -28,12 +32,14 @@ SHOWN = 3
 class Terminal:
     """Progress and notices go to standard error, results to standard output.
 
-    On a terminal progress is a bar; elsewhere, as in CI logs, one plain line when a stage ends.
+    On a terminal progress is a bar; elsewhere, as in CI logs, a plain line when a stage ends. --quiet leaves them out.
     """
 
     def __init__(self, *, results: bool = True) -> None:
-        self.log = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
-        self.out = Console(highlight=False, width=None if sys.stdout.isatty() else 100, quiet=not results)
+        quiet = verbosity() is Verbosity.QUIET
+        self.log = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=quiet)
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
+        self.out = Console(highlight=False, width=width, quiet=not results)
 
     def notice(self, text: str) -> None:
         """Say a sentence."""
@@ -95,6 +101,8 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     if result["samples"] is not None:
         console.print(_accuracy_table(result))
         _print_energy(console, result["energy"])
+        if verbosity() is Verbosity.VERBOSE and result["energy"]:
+            console.print(_layer_table(result["energy"]))
     if result["diagnosis"] is not None:
         console.print(_diagnosis_table(result["diagnosis"]))
     counts = {fate: len(paths) for fate, paths in result["nodes"].items()}
@@ -207,6 +215,19 @@ def _diagnosis_table(diagnosis: dict[str, Any]) -> Table:
         table.add_column("error" if name == "total" else name, justify="right")
     for row in diagnosis["rows"]:
         table.add_row(row["path"], *(f"{100 * row[name]:.1f}" for name in names))
+    return table
+
+
+def _layer_table(energy: dict[str, Any]) -> Table:
+    table = Table(title="Work and energy of every layer, for one sample", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    for name in ("SynOps", "SNN MACs", "ANN MACs", "SNN µJ", "ANN µJ"):
+        table.add_column(name, justify="right")
+    for layer in energy["layers"]:
+        snn = PICOJOULE_PER_ACCUMULATE * layer["accumulates"] + PICOJOULE_PER_MAC * layer["macs"]
+        work = (f"{layer[name]:,.0f}" for name in ("accumulates", "macs", "ann_macs"))
+        ann = PICOJOULE_PER_MAC * layer["ann_macs"]
+        table.add_row(layer["path"], *work, f"{snn / 1e6:.4f}", f"{ann / 1e6:.4f}")
     return table
 
 

@@ -15,6 +15,7 @@ from ..cli import command_line
 from ..errors import ArgumentError
 from ..records import plain_value
 from ..terminal import Terminal
+from ..verbosity import verbosity_options
 from .data import ANY_DATA, check_kind_of_data, load_data
 from .images import Batches, seeded_order
 from .model_cards import SpikingCard, card_text, read_card_file
@@ -46,6 +47,7 @@ CHECKPOINT_MINUTES = 10.0
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
 )
+@verbosity_options
 @click.pass_context
 def train_command(
     context: click.Context, recipe: str, out: Path, data: str | None, ann: str | None, licence: str, device: str

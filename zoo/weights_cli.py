@@ -11,6 +11,7 @@ import click
 from ..artifact import FORMAT, file_digest, is_there, read_tensors, user_path, write_atomically
 from ..errors import ArgumentError
 from ..terminal import Terminal
+from ..verbosity import verbosity_options
 from .cache import is_whole, resting_place
 from .locations import parsed_location
 from .model_cards import ModelCard, card_json, card_markdown
@@ -24,6 +25,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 @click.argument("names", nargs=-1, metavar="NAME…")
 @click.option("--all", "every", is_flag=True, help="All models of the zoo.")
 @JSON
+@verbosity_options
 def download_command(names: tuple[str, ...], every: bool, as_json: bool) -> None:
     """Download the weights of models, or of torchvision:NAME, unless they are there, and print where they are."""
     if bool(names) == every:
@@ -96,6 +98,7 @@ def add_command(address: str, as_json: bool) -> None:
     "--data", metavar="SPEC", help="Measure spiking networks that have no card beside them on its test split."
 )
 @JSON
+@verbosity_options
 def publish_command(
     files: tuple[str, ...], out: Path, base: str | None, licence: str, data: str | None, as_json: bool
 ) -> None:
