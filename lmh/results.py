@@ -121,7 +121,9 @@ def _energy(evaluation: Evaluation) -> dict[str, Any]:
         "synops": sum(layer.accumulates for layer in layers),
         "snn_macs": sum(layer.macs for layer in layers),
         "ann_macs": sum(layer.ann_macs for layer in layers),
-        "layers": [asdict(layer) for layer in layers],
+        "layers": [
+            {**asdict(layer), **dict(zip(("snn_pj", "ann_pj"), picojoules([layer]), strict=True))} for layer in layers
+        ],
         "uncounted": list(evaluation.uncounted),
         "assumptions": ASSUMPTIONS,
     }

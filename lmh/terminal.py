@@ -22,7 +22,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .energy import PICOJOULE_PER_ACCUMULATE, PICOJOULE_PER_MAC
 from .verbosity import Verbosity, verbosity
 
 Advance = Callable[[int, str], None]
@@ -224,10 +223,9 @@ def _layer_table(energy: dict[str, Any]) -> Table:
     for name in ("SynOps", "SNN MACs", "ANN MACs", "SNN µJ", "ANN µJ"):
         table.add_column(name, justify="right")
     for layer in energy["layers"]:
-        snn = PICOJOULE_PER_ACCUMULATE * layer["accumulates"] + PICOJOULE_PER_MAC * layer["macs"]
         work = (f"{layer[name]:,.0f}" for name in ("accumulates", "macs", "ann_macs"))
-        ann = PICOJOULE_PER_MAC * layer["ann_macs"]
-        table.add_row(layer["path"], *work, f"{snn / 1e6:.4f}", f"{ann / 1e6:.4f}")
+        energies = (f"{layer[name] / 1e6:.4f}" for name in ("snn_pj", "ann_pj"))
+        table.add_row(layer["path"], *work, *energies)
     return table
 
 

@@ -18,7 +18,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curve
 from matplotlib.ticker import MaxNLocator
 
-from ..energy import PICOJOULE_PER_ACCUMULATE, PICOJOULE_PER_MAC
+from ..energy import PICOJOULE_PER_ACCUMULATE
 from ..errors import ArgumentError
 from .records import BINS_PER_THRESHOLD, THRESHOLDS_SHOWN, ChangedSample, NetworkReport
 
@@ -179,8 +179,8 @@ def energy(report: NetworkReport) -> Figure:
     figure, (axes,) = _figure(_tall(len(layers)))
     rows = np.arange(len(layers))
     adding = np.array([PICOJOULE_PER_ACCUMULATE * layer["accumulates"] for layer in layers]) / 1e6
-    multiplying = np.array([PICOJOULE_PER_MAC * layer["macs"] for layer in layers]) / 1e6
-    ann = np.array([PICOJOULE_PER_MAC * layer["ann_macs"] for layer in layers]) / 1e6
+    multiplying = np.array([layer["snn_pj"] for layer in layers]) / 1e6 - adding
+    ann = [layer["ann_pj"] / 1e6 for layer in layers]
     axes.barh(rows, adding, height=0.6, color=GREEN, label="SNN, accumulates")
     axes.barh(rows, multiplying, left=adding, height=0.6, color=ORANGE, label="SNN, multiplies")
     axes.plot(ann, rows, linestyle="none", marker="|", markersize=9, color=INK, label="ANN")

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..energy import PICOJOULE_PER_ACCUMULATE, PICOJOULE_PER_MAC
 from .figures import FATES
 from .records import NetworkReport
 
@@ -56,18 +55,17 @@ def layer_table(report: NetworkReport) -> Table | None:
     if energy is None:
         return None
     rows = []
-    for layer in [*energy["layers"], _total(energy["layers"])]:
-        snn = PICOJOULE_PER_ACCUMULATE * layer["accumulates"] + PICOJOULE_PER_MAC * layer["macs"]
-        ann = PICOJOULE_PER_MAC * layer["ann_macs"]
+    for layer in [*energy["layers"], _total(energy)]:
+        snn, ann = layer["snn_pj"], layer["ann_pj"]
         work = [f"{layer[name]:,.0f}" for name in ("accumulates", "macs", "ann_macs")]
         rows.append([layer["path"], *work, f"{snn / 1e6:.4f}", f"{ann / 1e6:.4f}", f"{snn / ann:.2f}" if ann else ""])
     head = ("layer", "SynOps", "SNN MACs", "ANN MACs", "SNN in µJ", "ANN in µJ", "ratio")
     return Table("All layers, for one sample", head, rows)
 
 
-def _total(layers: Sequence[dict[str, float]]) -> dict[str, float | str]:
-    names = ("accumulates", "macs", "ann_macs")
-    return {"path": "all", **{name: sum(layer[name] for layer in layers) for name in names}}
+def _total(energy: Mapping[str, Any]) -> dict[str, Any]:
+    same = {name: energy[name] for name in ("ann_macs", "snn_pj", "ann_pj")}
+    return {"path": "all", "accumulates": energy["synops"], "macs": energy["snn_macs"], **same}
 
 
 def node_table(report: NetworkReport) -> Table | None:
