@@ -2,11 +2,12 @@
 
     python benchmarks/conversion.py --ann cifar10-resnet20-idelbayev.th --data npz:cifar10.npz
 
-Each gets the same ANN and the same unlabelled training images and is run as its documentation says: ours as
-``lmh-convert`` does by default (thresholds, then weights and thresholds corrected) and with thresholds alone;
+Each gets the same ANN and the same unlabelled training images and is run as its documentation says: ours with weights
+and thresholds corrected (what ``lmh-convert`` does where that pays), and with thresholds alone;
 SpikingJelly's converter with its rate-coding recipe (largest activation, 99.9th percentile, per channel with half a
 threshold to start from) and its recipe of local threshold balancing; sinabs' ``from_model``, without calibration.
-snnTorch has no converter. Accuracy is that of the mean output after T steps; what is not installed is left out:
+snnTorch has no converter. Accuracy is that of the mean output after T steps. What cannot be converted says why; what is
+not installed is left out:
 
     python -m pip install --no-deps --requirement benchmarks/peers/requirements.txt
 """
@@ -32,6 +33,7 @@ from lmh.calibrate import SpikingMinError, WeightRegression
 from lmh.convert import convert, load_source, refine
 from lmh.zoo import Preprocessing, seeded_order
 
+BALANCING_PASSES = 40
 Answers = Callable[[Tensor], Tensor]
 Method = Callable[[nn.Module, Tensor, int], Answers]
 
@@ -69,10 +71,10 @@ def rate_coding(batches: Any, **options: Any) -> Any:
 
 
 def balancing(batches: Any) -> Any:
-    """SpikingJelly's recipe of local threshold balancing."""
+    """SpikingJelly's recipe of local threshold balancing, which moves θ with every batch of hundreds."""
     from spikingjelly.activation_based.ann2snn.recipes import LocalThresholdBalancingRecipe
 
-    return LocalThresholdBalancingRecipe(batches)
+    return LocalThresholdBalancingRecipe(BALANCING_PASSES * batches)
 
 
 def sinabs(ann: nn.Module, _images: Tensor, timesteps: int) -> Answers:
@@ -140,8 +142,13 @@ def main(
     for name, (library, method) in METHODS.items():
         if library is not None and not importlib.util.find_spec(library):
             continue
-        figures[name] = {str(t): accuracy(method(ann, images, t), x, labels) for t in steps}
-        row = "  ".join(f"T = {t}: {100 * figures[name][str(t)]:6.2f}" for t in steps)
+        try:
+            figures[name] = {str(t): accuracy(method(ann, images, t), x, labels) for t in steps}
+        except (ValueError, NotImplementedError, RuntimeError, TypeError) as error:  # a library that cannot convert it
+            figures[name] = None
+            row = f"refused: {error}"
+        else:
+            row = "  ".join(f"T = {t}: {100 * figures[name][str(t)]:6.2f}" for t in steps)
         print(f"{name:42}{row}", flush=True)
     print(json.dumps(figures))
 

@@ -18,6 +18,8 @@ from .lockstep import Lockstep, input_batches
 from .simulation import alone, constant_output, mean_output, mean_threshold
 
 CAUSES = ("inherited", "clipping", "rounding", "timing")
+DIAGNOSIS_SAMPLES = 128
+"""As many show what is to be seen."""
 
 
 @dataclass(frozen=True)

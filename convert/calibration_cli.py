@@ -22,12 +22,12 @@ from ..calibrate import (
     automatic,
     diagnose,
 )
+from ..calibrate.diagnose import DIAGNOSIS_SAMPLES
 from ..errors import ArgumentError
 from ..terminal import Terminal
 from ..zoo.images import Batches
 from .pipeline import Conversion
 
-DIAGNOSIS_SAMPLES = 128
 POLICIES: dict[str, Policy] = {
     "max": Max(),
     "minerror": automatic(True),

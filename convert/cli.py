@@ -41,6 +41,7 @@ from .storage import save
 
 if TYPE_CHECKING:
     from ..finetune.cli_training import Training
+    from .reporting import Watch
 
 _POSITIVE = click.IntRange(min=1)
 METRICS = ("samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error", "training_free", "stages")
@@ -236,9 +237,7 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         evaluation=after or before,
         training_free=before if after else None,
         stages=stages,
-        diagnosis=diagnosed(conversion, inputs.calibration, terminal)
-        if (job.diagnose or watch) and inputs.calibration
-        else None,
+        diagnosis=_diagnosis(job, conversion, inputs, terminal, watch),
         output=str(job.output),
         notices=(*inputs.notices, *conversion.report.notices),
         spiking_coverage=conversion.report.spiking_coverage,
@@ -258,19 +257,27 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
     )
     if training is not None:
         training.forget()
-    if job.report is not None and watch is not None:
-        result["report"] = write_page(
-            job.report, watch, result, after or before, inputs.calibration,
-            classes=inputs.classes, history=facts.get("history", ()), data=job.data, seed=job.amounts.seed,
-            samples=inputs.order, training=facts.get("training"),
-        )  # fmt: skip
     for name, file in zip(job.exports, export_files(job.output, job.exports), strict=True):
         try:
             with terminal.stage(f"exporting to {name}", None):
                 result["exports"].append(export_as(name, conversion, file).to_json())
         except LMHError as error:  # the network is saved, and other formats may do
             result["failed_exports"][name] = str(error)
+    if job.report is not None and watch is not None:
+        write_page(
+            job.report, watch, result, classes=inputs.classes, history=facts.get("history", ()), data=job.data,
+            seed=job.amounts.seed, samples=inputs.order, training=facts.get("training"),
+        )  # fmt: skip
     return result
+
+
+def _diagnosis(
+    job: Job, conversion: Conversion, inputs: Inputs, terminal: Terminal, watch: Watch | None
+) -> dict[str, Any] | None:
+    """Return the errors of all sites: on calibration samples if that was asked for, else what a page shows."""
+    if job.diagnose and inputs.calibration is not None:
+        return diagnosed(conversion, inputs.calibration, terminal)
+    return None if watch is None else watch.diagnosis()
 
 
 def audit_job(job: Job, terminal: Terminal) -> dict[str, Any]:

@@ -27,7 +27,11 @@ def inspect_command(file: str, as_json: bool, **options: Any) -> None:
     """Say what FILE is: a spiking network (or zoo:NAME), a model file of any kind, or an export. Nothing is run.
 
     torchvision:NAME, and zoo:NAME of an ANN, are described without weights.
-    """
+
+    \b
+    lmh inspect model.pt
+    lmh inspect zoo:digits-cnn-t4 --json
+    """  # noqa: D301
     ann = _ann(file)
     if ann is not None:
         described = describe_card(ann)

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..cli import command_line
-from ..records import Evaluation
-from ..zoo.images import Batches
 from .pipeline import Conversion
 
 if TYPE_CHECKING:
@@ -53,19 +51,15 @@ def watching(page: Path | None, conversion: Conversion) -> Watch | None:
 def write_page(
     page: Path,
     watch: Watch,
-    result: Mapping[str, Any],
-    evaluation: Evaluation | None,
-    batches: Batches | None,
+    result: dict[str, Any],
     *,
     classes: Sequence[str] = (),
     history: Sequence[Mapping[str, Any]] = (),
     **facts: Any,
-) -> str:
-    """Write the page and return its path as text; the command line is among its facts."""
+) -> None:
+    """Write the page of a whole result and name it there; the command line is among its facts."""
     from ..report import write_report
 
-    rates = evaluation.channel_rate if evaluation else {}
+    result["report"] = str(page)
     facts = {"command": command_line(), **{name: value for name, value in facts.items() if value is not None}}
-    report = watch.report(result, batches, rates, classes=classes, history=history, facts=facts)
-    write_report(report, page)
-    return str(page)
+    write_report(watch.report(result, classes=classes, history=history, facts=facts), page)

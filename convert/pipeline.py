@@ -72,6 +72,7 @@ class Conversion:
         report: what became of every node.
         recipe: what was asked for.
         prepared: the ANN in rewritten form, for other calibrations of it.
+        has_source_weights: whether ``prepared`` has the ANN's weights; of a network loaded without its ANN it has not.
     """
 
     snn: fx.GraphModule
@@ -79,6 +80,7 @@ class Conversion:
     report: Report
     recipe: Recipe
     prepared: Prepared
+    has_source_weights: bool = True
 
     def __repr__(self) -> str:
         report = self.report

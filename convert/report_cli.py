@@ -23,7 +23,6 @@ from ..terminal import Terminal, print_result
 from ..verbosity import verbosity_options
 from ..zoo.data import check_kind_of_data
 from ..zoo.images import AnyPreprocessing, Batches, FramePreprocessing, Preprocessing
-from .calibration_cli import diagnosed
 from .cli_inputs import (
     DATA_HELP,
     MODULE_OPTION,
@@ -141,8 +140,8 @@ def report(request: Request, terminal: Terminal) -> dict[str, Any]:
     if request.page is not None and ann is not None:
         conversion = request.conversion(ann)
     watch = watching(request.page, conversion)
-    notices += known
-    snn, changes, leaving, evaluation, diagnosis = conversion.snn, None, None, None, None
+    notices = [*conversion.report.notices, *notices, *known]
+    snn, changes, leaving, evaluation = conversion.snn, None, None, None
     if batches is not None:
         if request.form is not None:
             snn, changes, said = deployed(snn, request.form, batches)
@@ -155,24 +154,24 @@ def report(request: Request, terminal: Terminal) -> dict[str, Any]:
         terminal.notice(notice)
     if batches is not None:
         evaluation = evaluate(snn, terminal.track(batches, "measuring", batches.count), ann=ann, on_outputs=watch)
-        diagnosis = diagnosed(conversion, batches, terminal) if watch and ann is not None else None
     result = describe_network(
         snn,
         source=request.file,
         calibration=f"{manifest['calibration']['policy']}, {manifest['calibration']['samples']} samples",
         nodes=manifest.get("nodes", {"converted": manifest["sites"], "kept": [], "refused": []}),
         evaluation=evaluation,
-        diagnosis=diagnosis,
+        diagnosis=None if watch is None else watch.diagnosis(),
         notices=notices,
+        spiking_coverage=conversion.report.spiking_coverage,
     )
-    if request.page is not None and watch is not None:
-        result["report"] = write_page(
-            request.page, watch, result, evaluation, None if ann is None else batches, classes=classes,
-            history=manifest.get("history", ()), made_by=manifest.get("command"), data=request.data, seed=request.seed,
-            training=manifest.get("training"),
-        )  # fmt: skip
     early = None if leaving is None else asdict(leaving)
-    return {**result, "deployed": request.form, "spike_changes": changes, "early_exit": early}
+    result |= {"deployed": request.form, "spike_changes": changes, "early_exit": early}
+    if request.page is not None and watch is not None:
+        write_page(
+            request.page, watch, result, classes=classes, history=manifest.get("history", ()),
+            made_by=manifest.get("command"), data=request.data, seed=request.seed, training=manifest.get("training"),
+        )  # fmt: skip
+    return result
 
 
 def deployed(snn: fx.GraphModule, form: str, batches: Batches) -> tuple[fx.GraphModule, dict[str, float], str]:

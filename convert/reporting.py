@@ -6,32 +6,34 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import islice
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from ..arguments import check_kind, split_batch
+from ..arguments import check_kind
 from ..artifact import versions
 from ..calibrate import diagnose, observe
+from ..calibrate.correct import own_copy
+from ..calibrate.diagnose import DIAGNOSIS_SAMPLES
 from ..evaluation import Outputs, evaluate
 from ..records import Spike, plain_value
 from ..report import ChangedSample, Epoch, NetworkReport, Raster, TrainingStage, graph_nodes
 from ..report.records import BINS_PER_THRESHOLD, THRESHOLDS_SHOWN
 from ..results import describe_network
 from ..spiking import PerStep, sites
-from ..structures import example_tensor, input_count
+from ..structures import example_tensor
+from ..time_axis import takes_events, time_axis
 from .pipeline import Conversion
 from .spike import EventFrames
+from .storage import MANIFEST
 
 CHANGED_SHOWN = 8
 RASTER_SITES = 3
 RASTER_NEURONS = 40
-LOOKED_AT = 128
-"""Samples for what compares activations, the histograms and the diagnosis."""
+PICTURE_SIZE = 96
 
 
 def report_on(
@@ -41,16 +43,20 @@ def report_on(
     ann: nn.Module | None = None,
     name: str = "the network",
     classes: Sequence[str] = (),
+    training: Iterable[Any] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> NetworkReport:
     """Measure a conversion and gather all that a report shows.
 
     Args:
-        conversion: from :func:`lmh.convert.convert`; its snn may have been trained since.
-        data: batches (x, y), or x alone, as for :func:`lmh.evaluate`; read twice. Without data the report says so.
+        conversion: from :func:`lmh.convert.convert` or :func:`lmh.convert.storage.load_conversion`, its snn trained
+            since or not; not changed.
+        data: batches (x, y), or x alone, as for :func:`lmh.evaluate`; read once. Without data the report says so.
         ann: the source, for its accuracy and for the samples that it answers otherwise.
         name: of the network, for the title.
         classes: names, by label.
+        training: what :func:`lmh.finetune.finetune` did to the network, its result's ``stages``; unless given, what a
+            loaded file says of it.
         facts: more for the last section, such as ``{"data": "photos of 2025"}``.
 
     Raises:
@@ -64,25 +70,23 @@ def report_on(
     (64, ['1'], '1')
     """
     check_kind("report_on: conversion", conversion, Conversion, "what convert returned")
-    batches = list(data.split(128, _batch_axis(conversion))) if isinstance(data, Tensor) else data
     watch = Watch(conversion)
-    evaluation = None if batches is None else evaluate(conversion.snn, batches, ann=ann, on_outputs=watch)
+    evaluation = None if data is None else evaluate(conversion.snn, data, ann=ann, on_outputs=watch)
     result = describe_network(
         conversion.snn,
         source=name,
         calibration=conversion.report.calibration,
         nodes=conversion.report.nodes(),
         evaluation=evaluation,
-        diagnosis=None if batches is None else diagnosis_of(conversion, batches),
+        diagnosis=watch.diagnosis(),
         notices=conversion.report.notices,
         spiking_coverage=conversion.report.spiking_coverage,
     )
-    return watch.report(result, batches, evaluation.channel_rate if evaluation else {}, classes=classes, facts=facts)
-
-
-def diagnosis_of(conversion: Conversion, batches: Iterable[Any]) -> dict[str, Any]:
-    """Return the errors of all sites on the first samples, as plain values."""
-    return diagnose(conversion.prepared, conversion.snn, _first(conversion, batches)).to_json()
+    if training is None:
+        history = conversion.snn.meta.get(MANIFEST, {}).get("history", ())
+    else:
+        history = [{"stage": stage.name, "epochs": [asdict(epoch) for epoch in stage.history]} for stage in training]
+    return watch.report(result, classes=classes, history=history, facts=facts)
 
 
 class Watch:
@@ -90,34 +94,45 @@ class Watch:
 
     Args:
         conversion: whose network is measured; the conversion's own network, or a copy of it for inference.
+
+    Attributes:
+        first: the first :data:`DIAGNOSIS_SAMPLES` samples, for what compares activations.
     """
 
     def __init__(self, conversion: Conversion) -> None:
         self.conversion = conversion
         self.confusion: Counter[tuple[int, int]] = Counter()
         self.changed: list[tuple[ChangedSample, tuple[Tensor, ...]]] = []
+        self.first: list[tuple[Tensor, ...]] = []
         self.seen = 0
 
     def __call__(self, outputs: Outputs) -> None:
         """Count the answers of a batch and keep the first samples that the ANN answers otherwise."""
-        answers = outputs.snn.argmax(-1)
+        answers, axis = outputs.snn.argmax(-1), _batch_axis(self.conversion)
         if outputs.labels is not None:
             self.confusion.update(zip(outputs.labels.tolist(), answers[-1].tolist(), strict=True))
         if outputs.ann is not None:
             ann = outputs.ann.argmax(-1)
             for row in (ann != answers[-1]).nonzero().flatten().tolist()[: CHANGED_SHOWN - len(self.changed)]:
-                inputs = tuple(x.select(_batch_axis(self.conversion), row).cpu() for x in outputs.inputs)
+                inputs = tuple(x.select(axis, row).cpu() for x in outputs.inputs)
                 label = None if outputs.labels is None else int(outputs.labels[row])
                 steps = tuple(answers[:, row].tolist())
-                sample = ChangedSample(self.seen + row, label, int(ann[row]), steps, _picture(inputs[0]), ())
+                picture = _picture(inputs[0].sum(0) if axis else inputs[0])
+                sample = ChangedSample(self.seen + row, label, int(ann[row]), steps, picture, ())
                 self.changed.append((sample, inputs))
+        if (wanted := DIAGNOSIS_SAMPLES - self.seen) > 0:
+            self.first.append(tuple(x.narrow(axis, 0, min(wanted, x.shape[axis])).cpu() for x in outputs.inputs))
         self.seen += answers.shape[1]
+
+    def diagnosis(self) -> dict[str, Any] | None:
+        """Return the errors of all sites on the first samples, as plain values; None without samples or the ANN."""
+        if not self.first or not self.conversion.has_source_weights:
+            return None
+        return diagnose(self.conversion.prepared, self.conversion.snn, self.first).to_json()
 
     def report(
         self,
         result: Mapping[str, Any],
-        batches: Iterable[Any] | None,
-        channel_rate: Mapping[str, tuple[float, ...]],
         *,
         classes: Sequence[str] = (),
         history: Sequence[Mapping[str, Any]] = (),
@@ -127,25 +142,22 @@ class Watch:
 
         Args:
             result: of :func:`lmh.results.describe_network`.
-            batches: to look at the ANN's activations; None leaves them out.
-            channel_rate: of the evaluation.
             classes: names, by label.
             history: of a training, as a manifest keeps it.
             facts: more than versions and recipe.
         """
-        recipe = self.conversion.recipe
+        network = own_copy(self.conversion.snn)
+        changed = (replace(sample, rasters=_rasters(network, inputs)) for sample, inputs in self.changed)
+        known = self.first and self.conversion.has_source_weights
         return NetworkReport(
             result=result,
-            activations={} if batches is None else activation_shares(self.conversion, batches),
-            channel_rate=channel_rate,
+            activations=activation_shares(self.conversion, self.first) if known else {},
             confusion=tuple((*pair, count) for pair, count in sorted(self.confusion.items())),
             classes=tuple(classes),
-            changed=tuple(
-                replace(sample, rasters=_rasters(self.conversion, inputs)) for sample, inputs in self.changed
-            ),
-            nodes=graph_nodes(self.conversion.snn),
+            changed=tuple(changed),
+            nodes=graph_nodes(self.conversion.snn, kept=result["nodes"].get("kept", ())),
             training=tuple(_stage(stage) for stage in history),
-            facts={**(facts or {}), "versions": versions(), "recipe": plain_value(recipe)},
+            facts={**(facts or {}), "versions": versions(), "recipe": plain_value(self.conversion.recipe)},
         )
 
 
@@ -153,7 +165,7 @@ def activation_shares(conversion: Conversion, batches: Iterable[Any]) -> dict[st
     """Return where the ANN's activations lie, in units of θ: :attr:`NetworkReport.activations`."""
     prepared, neurons = conversion.prepared, sites(conversion.snn)
     bounds = {path: found.upper for path, found in prepared.activations.items() if isinstance(found, Spike)}
-    looked_at = _first(conversion, batches)
+    looked_at: Iterable[Any] = batches
     if isinstance(conversion.recipe.encoding, EventFrames):
         looked_at = [tuple(x.flatten(0, 1) for x in inputs) for inputs in looked_at]
     histograms, _ = observe(prepared.model, bounds, looked_at)
@@ -175,35 +187,27 @@ def _batch_axis(conversion: Conversion) -> int:
     return 1 if isinstance(conversion.recipe.encoding, EventFrames) else 0
 
 
-def _first(conversion: Conversion, batches: Iterable[Any]) -> list[tuple[Tensor, ...]]:
-    """Return the first :data:`LOOKED_AT` samples, without labels, a batch for each of the loader's."""
-    inputs, axis, found, count = input_count(conversion.snn), _batch_axis(conversion), [], 0
-    for batch in islice(batches, LOOKED_AT):
-        given, _ = split_batch("report: data", batch, inputs)
-        found.append(tuple(x.narrow(axis, 0, min(x.shape[axis], LOOKED_AT - count)) for x in given))
-        count += found[-1][0].shape[axis]
-        if count == LOOKED_AT:
-            break
-    return found
-
-
 def _picture(x: Tensor) -> str:
-    """Return a sample as a PNG in base64, its values from the smallest to the largest; empty for what is no image."""
-    if x.ndim == 4:  # event frames: of both polarities in blue and red
-        x = x.sum(0)
-        x = torch.stack([x[1], torch.zeros_like(x[0]), x[0]]) if len(x) == 2 else x
+    """Return an image [C, H, W] as a small PNG in base64, from its smallest to its largest value; else nothing.
+
+    Two channels are the polarities of events: blue and red.
+    """
+    if x.ndim == 3 and len(x) == 2:
+        x = torch.stack([x[1], torch.zeros_like(x[0]), x[0]])
     if x.ndim != 3 or len(x) not in (1, 3):
         return ""
     low, high = x.min(), x.max()
     pixels = (255 * (x - low) / (high - low).clamp_min(1e-12)).round().to(torch.uint8)
+    image = Image.fromarray(pixels.movedim(0, -1).squeeze(-1).numpy())
+    image.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
     with io.BytesIO() as stream:
-        Image.fromarray(pixels.movedim(0, -1).squeeze(-1).numpy()).save(stream, format="PNG")
+        image.save(stream, format="PNG")
         return base64.b64encode(stream.getvalue()).decode()
 
 
-def _rasters(conversion: Conversion, inputs: Sequence[Tensor]) -> tuple[Raster, ...]:
+def _rasters(snn: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Raster, ...]:
     """Run one sample and return its spikes at the first site, the last, and one between."""
-    snn, axis, steps = conversion.snn, _batch_axis(conversion), conversion.recipe.timesteps
+    steps, axis = time_axis(snn).timesteps, 1 if takes_events(snn) else 0
     paths = list(sites(snn))
     shown = list(dict.fromkeys(paths[place * (len(paths) - 1) // (RASTER_SITES - 1)] for place in range(RASTER_SITES)))
     found: dict[str, Tensor] = {}
@@ -218,7 +222,7 @@ def _rasters(conversion: Conversion, inputs: Sequence[Tensor]) -> tuple[Raster, 
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(_raster(path, fired.reshape(steps, -1)) for path, fired in found.items())
+    return tuple(_raster(path, found[path].reshape(steps, -1)) for path in shown)
 
 
 def _raster(path: str, fired: Tensor) -> Raster:

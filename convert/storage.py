@@ -268,7 +268,8 @@ def load_conversion(
     except RuntimeError as error:
         raise ArtifactError(f"{path}: tensors are missing or of another shape. Make the file again.") from error
     snn.meta[MANIFEST] = manifest
-    return conversion
+    fresh = source is None and manifest["source"]["architecture"] is not None
+    return replace(conversion, has_source_weights=not fresh)
 
 
 def _first_problem(error: ArgumentError | AuditError) -> str:

@@ -71,10 +71,11 @@ def main(epochs: int, tune: int, timesteps: int, train_samples: int | None) -> N
     print(f"ANN: {100 * (before.ann_accuracy or 0):.2f} %")
     print(f"SNN, converted, t = 1…{timesteps}: {percent(before.snn_accuracy)} %")
 
-    finetune(conversion.snn, batches, test, teacher=ann, schedule=Schedule(epochs=tune, lr=0.01))
+    tuned = finetune(conversion.snn, batches, test, teacher=ann, schedule=Schedule(epochs=tune, lr=0.01))
     after = evaluate(conversion.snn, test, ann=ann)
     print(f"SNN, fine-tuned, t = 1…{timesteps}: {percent(after.snn_accuracy)} %")
-    page, _ = write_report(report_on(conversion, test, ann=ann, classes=digits.classes), "resnet-on-digits.html")
+    report = report_on(conversion, test, ann=ann, classes=digits.classes, training=tuned.stages)
+    page, _ = write_report(report, "resnet-on-digits.html")
     print(f"Written: {page}")
 
 

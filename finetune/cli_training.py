@@ -12,6 +12,7 @@ from torch import fx, nn
 from ..convert.cli import measured
 from ..convert.cli_inputs import Inputs
 from ..convert.pipeline import Conversion
+from ..convert.storage import MANIFEST
 from ..records import Evaluation, plain_value
 from ..terminal import Advance, Terminal
 from ..zoo.images import Batches
@@ -82,12 +83,10 @@ class Training:
 
     def facts(self, tuned: Finetuned) -> dict[str, Any]:
         """Return what a manifest keeps of the training."""
+        before = () if isinstance(self.network, Conversion) else self.network.meta.get(MANIFEST, {}).get("history", ())
         history = [
-            {
-                "stage": stage.name,
-                "epochs": [asdict(result) for result in stage.history],
-            }
-            for stage in tuned.stages
+            *before,
+            *({"stage": stage.name, "epochs": [asdict(found) for found in stage.history]} for stage in tuned.stages),
         ]
         last = {name: plain_value(values) for name, values in tuned[-1].neurons.items()}
         return {"training": self.recipe.to_json(), "history": history, "neurons": last, "epochs": self.recipe.epochs}

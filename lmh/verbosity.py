@@ -46,7 +46,7 @@ def verbosity_options(command: Any) -> Any:
 
     options = {
         Verbosity.QUIET: ("--quiet", "-q", "Say nothing but results and errors."),
-        Verbosity.VERBOSE: ("--verbose", "-v", "Print work and energy of every layer too, and where an error arose."),
+        Verbosity.VERBOSE: ("--verbose", "-v", "Print more: the work of every measured layer, where an error arose."),
     }
     for value, (long, short, text) in reversed(options.items()):
         command = click.option(long, short, is_flag=True, expose_value=False, callback=chosen(value), help=text)(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ from torch import Tensor, nn
 
 import nets
 from commands import command, succeed
-from lmh import evaluate, per_step, zoo
-from lmh.convert import Conversion, EventFrames, convert
+from lmh import LMH, PerStep, carry_state, evaluate, per_step, zoo
+from lmh.convert import Conversion, EventFrames, Gated, convert, keep
 from lmh.convert.reporting import CHANGED_SHOWN, report_on
 from lmh.convert.storage import load_conversion
 from lmh.energy import PICOJOULE_PER_ACCUMULATE, PICOJOULE_PER_MAC
 from lmh.errors import ArgumentError
+from lmh.finetune import finetune
 from lmh.report import NetworkReport, figures, report_page, write_report
 from lmh.report.records import BINS_PER_THRESHOLD
 from lmh.zoo import Batches, DataSet
@@ -31,6 +34,39 @@ HISTORY = [{"stage": "STBP", "epochs": [
     {"epoch": 0, "loss": 2.0, "val_accuracy": None, "neurons": {"a": {"v_threshold": [1.0], "lambda_s": [0.5, 0.7]}}},
     {"epoch": 1, "loss": 1.5, "val_accuracy": 0.75, "neurons": {"a": {"v_threshold": [1.2], "lambda_s": [0.4, 0.6]}}},
 ]}]  # fmt: skip
+
+
+def opposite(ann: nn.Module) -> nn.Module:
+    """A network that answers otherwise."""
+    other = copy.deepcopy(ann)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.neg_()
+    return other.eval()
+
+
+def _wide_max() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+                         nn.Linear(16, 2))  # fmt: skip
+
+
+def _silent() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.fill_(-1.0)
+    return net
+
+
+ODD: dict[str, tuple[nn.Module, tuple[int, ...], dict[str, Any]]] = {
+    "one step, vectors": (nets.two_layers(), (4,), {"T": 1}),
+    "per step": (nets.two_layers(), (4,), {"neuron": LMH(granularity=PerStep())}),
+    "gated pool": (_wide_max(), (1, 8, 8), {"maxpool": Gated()}),
+    "silent": (_silent(), (4,), {}),
+    "two channels": (nets.conv_net(), (2, 8, 8), {}),
+    "four channels": (nets.conv_net(4), (4, 8, 8), {}),
+    "one channel in a site": (nn.Sequential(nn.Linear(4, 1), nn.ReLU(), nn.Linear(1, 2)), (4,), {}),
+}
 
 
 class Page(HTMLParser):
@@ -110,6 +146,7 @@ class TestWhatItCounts:
         found = evaluate(conversion.snn, x)
         assert found.channel_rate["1"] == pytest.approx(spikes[0].double().mean(0).tolist())
         assert found.channel_rate["1"][:2] == (0.0, 1.0)
+        assert found.firing_rate["1"] == pytest.approx(sum(found.channel_rate["1"]) / 4)
         (site,) = report_on(conversion, x).result["sites"]
         assert (site["silent_channels"], site["saturated_channels"]) == (0.25, 0.25)
         assert site["firing_rate"] == pytest.approx(found.firing_rate["1"])
@@ -145,6 +182,64 @@ class TestWhatItCounts:
         assert sum(found.activations["1"]) > 0
         assert "<svg" in report_page(found)
 
+    def test_the_network_is_not_changed_and_may_carry_state(self) -> None:
+        ann, x = nets.conv_net(), torch.rand(16, 2, 8, 8)
+        snn = (conversion := convert(ann, 4, data=x)).snn.train()
+        with carry_state(snn):
+            per_step(snn, x, steps=2)
+            before = {name: value.clone() for name, value in snn.state_dict().items()}
+            found = report_on(conversion, x, ann=opposite(ann))
+        assert found.changed
+        assert snn.training
+        assert all(torch.equal(value, before[name]) for name, value in snn.state_dict().items())
+
+    def test_a_network_loaded_without_its_ann_is_not_compared_with_fresh_weights(
+        self, digits_test: Batches, digits_ann: nn.Module
+    ) -> None:
+        without, beside = load_conversion("zoo:digits-cnn-t4"), load_conversion("zoo:digits-cnn-t4", digits_ann)
+        found = report_on(without, digits_test)
+        assert (found.activations, found.result["diagnosis"]) == ({}, None)
+        assert found.result["samples"] == 360
+        rows = report_on(beside, digits_test).result["diagnosis"]["rows"]
+        assert all(row["total"] < 0.5 for row in rows)
+
+    def test_training_comes_from_the_result_or_from_the_file(self, digits_calibration: Batches) -> None:
+        conversion = convert(zoo.load("digits-cnn"), 2, data=digits_calibration)
+        tuned = finetune(conversion.snn, digits_calibration, epochs=2)
+        found = report_on(conversion, training=tuned.stages)
+        (stage,) = found.training
+        assert [epoch.loss for epoch in stage.epochs] == [epoch.loss for epoch in tuned]
+        assert isinstance(figures.neurons(found), Figure)
+        (stage,) = report_on(load_conversion("zoo:digits-cnn-t4")).training
+        assert len(stage.epochs) == 20
+
+    def test_what_stays_analog_is_named(self) -> None:
+        ann, x = (
+            nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 2)),
+            torch.rand(9, 4),
+        )
+        found = report_on(convert(ann, 2, data=x, rules={nn.Sigmoid: keep}), x)
+        assert [node.path for node in found.nodes if node.fate == "kept analog"] == ["3"]
+        assert "1 nodes stay analog" in report_page(found)
+
+    def test_data_is_read_once(self) -> None:
+        x = torch.rand(40, 4)
+        found = report_on(convert(nets.two_layers(), 2, data=x), (part for part in x.split(8)))
+        assert (found.result["samples"], found.result["diagnosis"]["samples"]) == (40, 40)
+
+    @pytest.mark.parametrize(("ann", "shape", "options"), ODD.values(), ids=ODD)
+    def test_any_network_that_converts_has_a_page(
+        self, ann: nn.Module, shape: tuple[int, ...], options: dict[str, Any]
+    ) -> None:
+        x = torch.rand(6, *shape)
+        labels = torch.arange(6) % 2
+        timesteps = options.get("T", 3)
+        given = {name: value for name, value in options.items() if name != "T"}
+        conversion = convert(ann.eval(), timesteps, data=x, **given)
+        page = Page(report_page(report_on(conversion, [(x, labels)], ann=opposite(ann))))
+        assert not page.unlabelled
+        assert all(len(found) > len("data:image/png;base64,") for found in page.references if found.startswith("data:"))
+
 
 class TestFigures:
     @pytest.mark.parametrize("name", FIGURES)
@@ -177,7 +272,7 @@ class TestFigures:
 
     @pytest.mark.parametrize(("name", "advice"), [
         ("accuracy", "--data"), ("confusion", "labels"), ("energy", "--data"), ("firing_rates", "--data"),
-        ("losses", "--finetune"), ("neurons", "--finetune"), ("site_errors", "--diagnose"), ("thresholds", "ANN"),
+        ("losses", "--finetune"), ("neurons", "--finetune"), ("site_errors", "ANN"), ("thresholds", "ANN"),
         ("graph", "lmh report"),
     ])  # fmt: skip
     def test_one_that_lacks_something_says_what_to_run(
@@ -231,7 +326,7 @@ class TestThePage:
 
     def test_what_is_missing_is_said_once(self, one_step: Conversion) -> None:
         text = report_page(report_on(one_step))
-        assert text.count("was not fine-tuned") == 1
+        assert text.count("The report has no training.") == 1
         assert "No sample was compared with the ANN" in text
         assert "unknown" in text
 
@@ -242,6 +337,18 @@ class TestThePage:
         text = report_page(found)
         assert "<script" not in text
         assert "&lt;script&gt;" in text
+
+    def test_names_that_look_like_formulas_or_are_long_are_shown(self, report: NetworkReport) -> None:
+        names = ("$a_{$", "$1_$2", "猫", "a very long name of a class that no axis has room for", *"456789")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            text = report_page(NetworkReport({**report.result, "sites": [
+                {**site, "path": f"backbone.features.stages.{index}.blocks.7.activation.nonlinearity"}
+                for index, site in enumerate(report.result["sites"])
+            ]}, confusion=report.confusion, classes=names, changed=report.changed))  # fmt: skip
+        assert "$a_{$" in text
+        assert "…no axis" not in text
+        assert "has room for" in text
 
     def test_files_of_another_kind_are_refused(self, report: NetworkReport, tmp_path: Path) -> None:
         with pytest.raises(ArgumentError, match=r"ends in \.html"):
@@ -264,15 +371,15 @@ class TestTheCommands:
             "--test-samples", 50, "--report", page, "--output", net, "--json",
         )  # fmt: skip
         assert printed.result["report"] == str(page)
-        found = NetworkReport.from_json(json.loads(page.with_suffix(".json").read_text()))
+        found = NetworkReport.from_json(json.loads(page.with_name(f"{page.name}.json").read_text()))
         assert [len(stage.epochs) for stage in found.training] == [1]
         assert found.training[0].epochs[0].neurons.keys() == {site["path"] for site in found.result["sites"]}
         assert found.facts["data"] == "digits"
-        assert "was not fine-tuned" not in page.read_text()
+        assert "The report has no training." not in page.read_text()
         again = tmp_path / "again.html"
         printed = succeed("report", net, "--data", "digits", "--test-samples", 50, "--html", again)
         assert f"Report: {again}" in printed.out
-        later = NetworkReport.from_json(json.loads(again.with_suffix(".json").read_text()))
+        later = NetworkReport.from_json(json.loads(again.with_name(f"{again.name}.json").read_text()))
         assert later.result["snn_accuracy"] == found.result["snn_accuracy"]
         assert [plain.neurons for plain in later.training[0].epochs] == [
             plain.neurons for plain in found.training[0].epochs

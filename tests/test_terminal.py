@@ -80,8 +80,7 @@ def test_shells_complete_both_commands(program: str) -> None:
     assert ("--verbose" if program == "lmh-convert" else "--version") in found.stdout
 
 
-def test_help_has_examples() -> None:
-    for name in ("convert", "export", "finetune", "report"):
-        assert re.search(r"^ +lmh(-convert)? .*\w", succeed(name, "--help").out.partition("Usage:")[2], re.MULTILINE), (
-            name
-        )
+@pytest.mark.parametrize("name", ["convert", "export", "finetune", "report", "inspect", "zoo list", "zoo train"])
+def test_help_has_examples(name: str) -> None:
+    said = succeed(*name.split(), "--help").out.partition("\n")[2]  # behind the line of the usage
+    assert re.search(r"^ +lmh(-convert)? .*\w", said, re.MULTILINE)

@@ -36,7 +36,11 @@ for command in (
 @click.option("--timesteps", "-T", type=click.IntRange(min=1), help="Spiking networks of this T.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_command(family: str | None, data: str | None, timesteps: int | None, as_json: bool) -> None:
-    """List the zoo's architectures, recipes, trained ANNs and ready spiking networks."""
+    """List the zoo's architectures, recipes, trained ANNs and ready spiking networks.
+
+    \b
+    lmh zoo list --data digits --timesteps 4
+    """  # noqa: D301
     architectures = list_architectures(family=family) if data is None and timesteps is None else []
     anns = list_models(family=family, data=data) if timesteps is None else []
     cards = list(readable_cards())
@@ -91,7 +95,11 @@ def _short(known: ModelCard) -> str:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show_command(name: str, as_json: bool) -> None:
-    """Show an architecture, a recipe or a model: its input, how it was trained, what it does, where its weights are."""
+    """Show an architecture, a recipe or a model: its input, how it was trained, what it does, where its weights are.
+
+    \b
+    lmh zoo show digits-cnn-t4
+    """  # noqa: D301
     from ..convert.architectures import EmptyOnMeta
 
     name = name.removeprefix("zoo:")

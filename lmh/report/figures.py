@@ -20,28 +20,31 @@ from matplotlib.ticker import MaxNLocator
 
 from ..energy import PICOJOULE_PER_ACCUMULATE
 from ..errors import ArgumentError
+from ..terminal import shown_steps
 from .records import BINS_PER_THRESHOLD, THRESHOLDS_SHOWN, ChangedSample, NetworkReport
 
 P = ParamSpec("P")
 INK = "#101418"
-BLUE, ORANGE, GREEN, RED, PURPLE = "#2f7fd6", "#d97706", "#2a9d5c", "#d9463d", "#8a63d2"
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#2f7fd6", "#d97706", "#2a9d5c", "#d9463d", "#8a63d2", "#7b8794"
 FATES = {
     "neurons": (BLUE, "LM-H neurons, at every step"),
     "reads spikes": (GREEN, "on spikes, at every step"),
     "reads values": (ORANGE, "on other values, at every step"),
     "once": (PURPLE, "once: does not depend on time"),
     "time mean": (RED, "once, on the mean over time"),
+    "kept analog": (GREY, "kept analog"),
 }
-"""What a node of the graph works on, its colour, and that in words."""
+"""When a node of the graph runs and on what: its colour, and that in words."""
 CAUSES = {"inherited": PURPLE, "clipping": ORANGE, "rounding": GREEN, "timing": RED}
 COEFFICIENTS = {"v_threshold": "θ", "lambda_s": "λS", "lambda_d": "λD", "mu_s": "μS", "mu_d": "μD"}
 WIDTH = 5.2  # inches; a page of a phone shows it at 0.7 of its size
 MOST_CLASSES = 20
+NO_TRAINING = "What lmh-convert --finetune and lmh finetune write holds one; in Python pass training=."
 STYLE: dict[Any, Any] = {
     "font.size": 9.5, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-    "svg.fonttype": "none", "font.family": "sans-serif",
+    "svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False,
 }  # fmt: skip
 
 
@@ -56,8 +59,10 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return styled
 
 
-def _figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+def _figure(
+    height: float, rows: int = 1, columns: int = 1, *, layout: Any = "constrained", **options: Any
+) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, height), layout=layout)
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
@@ -70,9 +75,18 @@ def _sites(report: NetworkReport) -> Sequence[Any]:
     return report.result["sites"]
 
 
+def shortened(name: str, most: int) -> str:
+    """Return the end of a name that is longer than ``most`` characters, which tells paths apart.
+
+    >>> shortened("layer1.0.relu", 20), shortened("features.stage1.block3.activation", 12)
+    ('layer1.0.relu', '….activation')
+    """
+    return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
 def _across(axes: Axes, names: Sequence[str]) -> None:
     """Name the rows of a horizontal chart, the first on top."""
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_yticks(range(len(names)), [shortened(name, 24) for name in names], fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
 
@@ -100,7 +114,7 @@ def accuracy(report: NetworkReport) -> Figure:
         axes.axhline(100 * result["ann_accuracy"], color=INK, linestyle="--", linewidth=1, label="ANN")
     axes.set_xlabel("t, steps")
     axes.set_ylabel("accuracy in %" if labelled else "agreement with the ANN in %")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xticks(shown_steps(result["timesteps"]))
     axes.legend(loc="lower right")
     return figure
 
@@ -133,12 +147,15 @@ def thresholds(report: NetworkReport) -> Figure:
     _need(shown, "histogram of activations", "Give data (--data), with the ANN at hand.")
     columns = 3
     rows = -(-len(shown) // columns)
-    figure, axes = _figure(0.5 + 0.95 * rows, rows, columns, sharex=True)
+    height = 0.5 + 0.95 * rows
+    # a constrained layout takes half a minute for a hundred panels
+    figure, axes = _figure(height, rows, columns, layout=None, sharex=True)
+    figure.subplots_adjust(0.02, 0.3 / height, 0.98, 1 - 0.25 / height, 0.06, 0.45)
     edges = np.arange(len(next(iter(shown.values())))) / BINS_PER_THRESHOLD
     for panel, (path, shares) in zip(axes, shown.items(), strict=False):
         panel.bar(edges[:-1], shares[:-1], width=1 / BINS_PER_THRESHOLD, align="edge", color=BLUE)
         panel.axvline(1, color=RED, linewidth=1)
-        panel.set_title(path if len(path) < 24 else f"…{path[-22:]}", fontsize=7.5)
+        panel.set_title(shortened(path, 23), fontsize=7.5)
         panel.set_yticks([])
         beyond = shares[BINS_PER_THRESHOLD:].sum()
         panel.text(0.98, 0.72, f"{100 * beyond:.1f} %\nabove θ", transform=panel.transAxes, ha="right", fontsize=7)
@@ -154,7 +171,7 @@ def thresholds(report: NetworkReport) -> Figure:
 def site_errors(report: NetworkReport) -> Figure:
     """The error of each site in per cent of its activation's energy, split by cause."""
     diagnosis = report.result["diagnosis"]
-    _need(diagnosis, "diagnosis", "Run lmh-convert with --diagnose, or lmh report with the ANN at hand.")
+    _need(diagnosis, "diagnosis", "Give data (--data), with the ANN at hand.")
     rows = diagnosis["rows"]
     figure, (axes,) = _figure(_tall(len(rows)))
     above, below = np.zeros(len(rows)), np.zeros(len(rows))
@@ -193,7 +210,11 @@ def energy(report: NetworkReport) -> Figure:
 @_styled
 def losses(report: NetworkReport) -> Figure:
     """Loss, and accuracy on held-out samples where there were some, over the epochs of all stages."""
-    _need(report.training, "training", "The network was not fine-tuned: lmh-convert --finetune, or lmh finetune.")
+    _need(
+        report.training,
+        "training",
+        "Networks that lmh-convert --finetune or lmh finetune wrote hold theirs; in Python pass training=.",
+    )
     epochs = [epoch for stage in report.training for epoch in stage.epochs]
     held_out = [epoch.val_accuracy for epoch in epochs]
     measured = any(value is not None for value in held_out)
@@ -228,7 +249,11 @@ def _mark_stages(report: NetworkReport, axes: Sequence[Axes]) -> None:
 @_styled
 def neurons(report: NetworkReport) -> Figure:
     """θ, λ and μ of every site over the epochs: the mean over channels and steps."""
-    _need(report.training, "training", "The network was not fine-tuned: lmh-convert --finetune, or lmh finetune.")
+    _need(
+        report.training,
+        "training",
+        "Networks that lmh-convert --finetune or lmh finetune wrote hold theirs; in Python pass training=.",
+    )
     epochs = [epoch for stage in report.training for epoch in stage.epochs]
     known = [epoch.neurons for epoch in epochs]
     _need(any(known), "values of neurons by epoch", "The file was written before they were kept: fine-tune it again.")
@@ -252,7 +277,7 @@ def confusion(report: NetworkReport) -> Figure:
     """How often samples of a class get which answer; of many classes, the most frequent confusions."""
     _need(report.confusion, "confusion matrix", "Give data with labels (--data).")
     found = {(label, answer): count for label, answer, count in report.confusion}
-    classes = 1 + max(max(pair) for pair in found)
+    classes = max(len(report.classes), 1 + max(max(pair) for pair in found))
     if classes > MOST_CLASSES:
         return _most_confused(report, found)
     figure, (axes,) = _figure(4.6)
@@ -264,7 +289,7 @@ def confusion(report: NetworkReport) -> Figure:
     for (label, answer), count in found.items():
         colour = "white" if shares[label, answer] > 0.5 else "#101419"  # on the picture's own light ground
         axes.text(answer, label, str(count), ha="center", va="center", fontsize=7.5, color=colour)
-    names = [report.class_name(label) for label in range(classes)]
+    names = [shortened(report.class_name(label), 14) for label in range(classes)]
     axes.set_xticks(range(classes), names, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(classes), names, fontsize=8)
     axes.set_xlabel("answer")
@@ -277,7 +302,9 @@ def _most_confused(report: NetworkReport, found: dict[tuple[int, int], int]) -> 
     _need(wrong, "wrong answer", "All samples were answered right.")
     figure, (axes,) = _figure(_tall(len(wrong)))
     axes.barh(range(len(wrong)), [count for count, _ in wrong], color=RED)
-    _across(axes, [f"{report.class_name(a)} → {report.class_name(b)}" for _, (a, b) in wrong])
+    names = [[shortened(report.class_name(label), 14) for label in pair] for _, pair in wrong]
+    axes.set_yticks(range(len(names)), [" → ".join(pair) for pair in names], fontsize=8)
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("samples")
     return figure
 
@@ -294,7 +321,7 @@ def rasters(sample: ChangedSample) -> Figure:
             panel.scatter(np.array(times) + 1, rows, marker="|", s=12, linewidths=1.2, color=BLUE)
         panel.set_xlim(0.4, steps + 0.6)
         panel.set_ylim(-1, max(raster.neurons, 1))
-        panel.set_title(raster.site if len(raster.site) < 20 else f"…{raster.site[-18:]}", fontsize=8)
+        panel.set_title(shortened(raster.site, 19), fontsize=8)
         panel.set_yticks([])
         panel.set_ylabel(f"{raster.neurons} of {raster.of} neurons", fontsize=7.5)
         panel.set_xlabel("step", fontsize=8)
@@ -319,7 +346,7 @@ def graph(report: NetworkReport) -> Figure:
         if rows:
             axes.scatter([0] * len(rows), rows, s=26, color=colour, label=words, zorder=3)
     for row, node in enumerate(nodes):
-        axes.text(0.25, row, f"{node.path}  ·  {node.what}", va="center", fontsize=7.5)
+        axes.text(0.25, row, f"{shortened(node.path, 44)}  ·  {shortened(node.what, 20)}", va="center", fontsize=7.5)
     axes.set_xlim(-2.6, 6)
     axes.set_ylim(len(nodes) - 0.3, -0.7)
     axes.set_axis_off()

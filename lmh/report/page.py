@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,7 +60,7 @@ def write_report(report: NetworkReport, file: str | Path) -> tuple[Path, Path]:
 
     Args:
         report: what to show.
-        file: the page, as in ``report.html``; the values go to the same name with ``.json``.
+        file: the page, as in ``report.html``; the values go to ``report.html.json``.
 
     Returns:
         Both paths.
@@ -71,9 +72,9 @@ def write_report(report: NetworkReport, file: str | Path) -> tuple[Path, Path]:
     page = Path(file)
     if page.suffix.lower() not in (".html", ".htm"):
         raise ArgumentError(f"{file}: a report is a web page; expected a name that ends in .html. Name it report.html.")
-    values = page.with_suffix(".json")
+    values = page.with_name(f"{page.name}.json")
     write_atomically(page, report_page(report).encode())
-    write_atomically(values, json.dumps(report.to_json()).encode())
+    write_atomically(values, json.dumps(report.to_json(), default=str).encode())
     return page, values
 
 
@@ -91,7 +92,7 @@ def report_page(report: NetworkReport) -> str:
     )
     result = report.result
     return environment.get_template("page.html.jinja").render(
-        title=f"{Path(result['source']).name} as a spiking network, T = {result['timesteps']}",
+        title=f"{_name(result['source'])} as a spiking network, T = {result['timesteps']}",
         subtitle=_subtitle(report),
         cards=list(_cards(report)),
         notices=result["notices"],
@@ -99,9 +100,16 @@ def report_page(report: NetworkReport) -> str:
     )
 
 
+def _name(source: str) -> str:
+    """Return a source as a title: of a file its name alone."""
+    return Path(source).name if Path(source).suffix else source
+
+
 def inline_svg(figure: Figure, name: str, alt: str) -> Markup:
     """Return a figure for the inside of a page: its ink takes the page's colour, its ids begin with ``name``."""
-    with io.StringIO() as stream, matplotlib.rc_context({**figures.STYLE, "svg.hashsalt": name}):
+    style = {**figures.STYLE, "svg.hashsalt": name}
+    with io.StringIO() as stream, matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the reader's fonts have it, or not
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].replace(figures.INK, "currentColor")
@@ -140,7 +148,7 @@ def _cards(report: NetworkReport) -> Iterator[dict[str, str]]:
     found = result["snn_accuracy"] if labelled else result["agreement"]
     yield card("ANN accuracy", _percent(result["ann_accuracy"]))
     before = result["training_free"] and _last(result["training_free"]["snn_accuracy"])
-    tuned = f"{_percent(before)} before training" if before else ""
+    tuned = f"{_percent(before)} before training" if before is not None else ""
     yield card("SNN accuracy" if labelled else "Agreement with the ANN", _percent(_last(found)), tuned)
     yield card("Time steps", str(result["timesteps"]))
     energy = result["energy"]
@@ -188,7 +196,8 @@ def _sections(report: NetworkReport) -> Iterator[Section]:
     yield Section(
         "Where the error comes from",
         text="The error of each site beside the ANN's activation a: inherited from earlier layers, clipped at θ, "
-        "rounded to T spikes, and mistimed by the order of currents. A negative share undoes others.",
+        "rounded to T spikes, and mistimed by the order of currents. A negative share undoes others. This and the "
+        "activations above are of the first samples, up to 128.",
         drawings=(draw("site_errors", "Shares of the error's energy, in per cent of that of the activation."),),
         table=error_table(report),
     )

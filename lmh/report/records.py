@@ -58,7 +58,7 @@ class GraphNode:
     Attributes:
         path: of its module, else its name.
         what: the module's or function's name.
-        fate: what it works on: see :data:`lmh.report.figures.FATES`.
+        fate: when it runs, and on what: see :data:`lmh.report.figures.FATES`.
         inputs: positions of the nodes that it reads.
     """
 
@@ -99,7 +99,6 @@ class NetworkReport:
         result: the command's result, as ``--json`` prints it (:func:`lmh.results.describe_network`).
         activations: by site, what share of the ANN's activations lies in each bin of θ/16 from 0 to 2 θ, and as the
             last entry what lies above; values that are not positive are the rest to 1.
-        channel_rate: by site, mean spikes per neuron and step of every channel.
         confusion: (label, the spiking network's answer at T, how often).
         classes: names, by label.
         changed: samples that the ANN answers otherwise.
@@ -110,7 +109,6 @@ class NetworkReport:
 
     result: Mapping[str, Any]
     activations: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    channel_rate: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     confusion: tuple[tuple[int, int, int], ...] = ()
     classes: tuple[str, ...] = ()
     changed: tuple[ChangedSample, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from torch import fx
 
@@ -15,8 +16,8 @@ from .records import GraphNode
 LEFT_OUT = ("get_attr", "output")
 
 
-def graph_nodes(snn: fx.GraphModule) -> tuple[GraphNode, ...]:
-    """Return the nodes in the order in which they run, without parameters and the output.
+def graph_nodes(snn: fx.GraphModule, kept: Iterable[str] = ()) -> tuple[GraphNode, ...]:
+    """Return the nodes in the order in which they run, without parameters and the output; ``kept`` stayed analog.
 
     >>> from lmh.convert import load
     >>> nodes = graph_nodes(load("zoo:digits-cnn-t4"))
@@ -26,6 +27,7 @@ def graph_nodes(snn: fx.GraphModule) -> tuple[GraphNode, ...]:
     binary, tail, events = binary_nodes(snn), tail_nodes(snn), takes_events(snn)
     shown = [node for node in snn.graph.nodes if node.op not in LEFT_OUT]
     position = {node: index for index, node in enumerate(shown)}
+    analog = set(kept)
     timed: set[fx.Node] = set()
     on_mean: set[fx.Node] = set()
     found = []
@@ -36,6 +38,8 @@ def graph_nodes(snn: fx.GraphModule) -> tuple[GraphNode, ...]:
             timed.add(node)
         if is_site:
             fate = "neurons"
+        elif label(node) in analog:
+            fate = "kept analog"
         elif node in tail or any(source in on_mean for source in node.all_input_nodes):
             fate = "time mean"
             on_mean.add(node)
