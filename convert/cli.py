@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +13,10 @@ import click
 import torch
 from torch import fx, nn
 
-from ..artifact import is_there, user_path
+from ..artifact import check_writable, is_there, user_path
 from ..calibrate import Policy
 from ..cli import command_line, run
-from ..errors import ArgumentError, ArtifactError, DataError, LMHError
+from ..errors import ArgumentError, DataError, LMHError
 from ..evaluation import Outputs, evaluate
 from ..readout import Average
 from ..records import Evaluation, plain_value
@@ -33,7 +32,7 @@ from .label_free_cli import Images, LabelFreeWork
 from .loading import Source, load_source
 from .maxpool import MAXPOOLS, MaxPool
 from .normalisation import NORMALISATIONS, Normalisation
-from .page_cli import PAGE_HELP, PageType, watching, write_page
+from .page_cli import PAGE_HELP, Page, PageType, page_of, watch_of
 from .pipeline import Conversion, convert
 from .prepare import examine
 from .rules import ReluSurgery
@@ -41,7 +40,6 @@ from .storage import save
 
 if TYPE_CHECKING:
     from ..finetune.cli_training import Training
-    from .reporting import Watch
 
 _POSITIVE = click.IntRange(min=1)
 METRICS = ("samples", "ann_accuracy", "snn_accuracy", "agreement", "output_error", "training_free", "stages")
@@ -218,8 +216,8 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         conversion = job.without_labels.run(conversion, images, terminal)
     for notice in conversion.report.notices:
         terminal.notice(notice)
-    watch = watching(job.report, conversion)
-    before = measured(conversion.snn, inputs.test, source.model, terminal, "measuring", None if job.epochs else watch)
+    page = None if job.epochs else page_of(job.report, conversion)
+    before = measured(conversion.snn, inputs.test, source.model, terminal, "measuring", watch_of(page))
     after, stages = None, []
     facts: dict[str, Any] = {"epochs": 0}
     training = _training(job, conversion, source, inputs) if job.epochs else None
@@ -227,8 +225,8 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         tuned = training.run(terminal)
         stages = training.stages(tuned, terminal)
         conversion, facts = tuned.conversion or conversion, training.facts(tuned)
-        watch = watching(job.report, conversion)
-        after = measured(conversion.snn, inputs.test, source.model, terminal, "measuring again", watch)
+        page = page_of(job.report, conversion)
+        after = measured(conversion.snn, inputs.test, source.model, terminal, "measuring again", watch_of(page))
     result = describe_network(
         conversion.snn,
         source=job.source,
@@ -237,7 +235,7 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
         evaluation=after or before,
         training_free=before if after else None,
         stages=stages,
-        diagnosis=_diagnosis(job, conversion, inputs, terminal, watch),
+        diagnosis=_diagnosis(job, conversion, inputs, terminal, page),
         output=str(job.output),
         notices=(*inputs.notices, *conversion.report.notices),
         spiking_coverage=conversion.report.spiking_coverage,
@@ -263,21 +261,21 @@ def run_job(job: Job, terminal: Terminal) -> dict[str, Any]:
                 result["exports"].append(export_as(name, conversion, file).to_json())
         except LMHError as error:  # the network is saved, and other formats may do
             result["failed_exports"][name] = str(error)
-    if job.report is not None and watch is not None:
-        write_page(
-            job.report, watch, result, classes=inputs.classes, history=facts.get("history", ()), data=job.data,
-            seed=job.amounts.seed, samples=inputs.order, training=facts.get("training"),
+    if page is not None:
+        page.write(
+            result, classes=inputs.classes, history=facts.get("history", ()), data=job.data, seed=job.amounts.seed,
+            samples=inputs.order, training=facts.get("training"),
         )  # fmt: skip
     return result
 
 
 def _diagnosis(
-    job: Job, conversion: Conversion, inputs: Inputs, terminal: Terminal, watch: Watch | None
+    job: Job, conversion: Conversion, inputs: Inputs, terminal: Terminal, page: Page | None
 ) -> dict[str, Any] | None:
     """Return the errors of all sites: on calibration samples if that was asked for, else what a page shows."""
     if job.diagnose and inputs.calibration is not None:
         return diagnosed(conversion, inputs.calibration, terminal)
-    return None if watch is None else watch.diagnosis()
+    return None if page is None else page.watch.diagnosis()
 
 
 def audit_job(job: Job, terminal: Terminal) -> dict[str, Any]:
@@ -315,15 +313,7 @@ def check_output(output: Path, source: str, data: str | None, exports: Sequence[
                 raise click.UsageError(
                     f"{file} is {what}, which is never overwritten. Choose another file with --output."
                 )
-    try:
-        with tempfile.NamedTemporaryFile(prefix=f".{output.name}.", dir=output.parent):
-            pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ArtifactError(
-            f"{output}: cannot be written ({reason}); expected a writable folder and a plain file name. "
-            "Choose another --output."
-        ) from error
+    check_writable(output, "Choose another --output.")
 
 
 def _load(job: Job) -> Source:

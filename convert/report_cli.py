@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 import torch
-from torch import fx, nn
+from torch import fx
 
 from .. import zoo
 from ..arguments import split_batch
@@ -35,10 +35,9 @@ from .cli_inputs import (
 )
 from .deploy import deploy, spike_changes
 from .loading import load_again
-from .page_cli import PAGE_HELP, PageType, watching, write_page
-from .pipeline import Conversion
+from .page_cli import PAGE_HELP, PageType, page_of, watch_of
 from .spike import EventFrames
-from .storage import MANIFEST, load_conversion
+from .storage import load_conversion, saved_manifest
 
 FORMS: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": torch.float32},
@@ -111,12 +110,7 @@ class Request:
     confidence: float | None = None
     page: Path | None = None
 
-    def conversion(self, ann: nn.Module | None = None) -> Conversion:
-        """Load the network; its prepared ANN has the weights of ``ann`` where that is given."""
-        source = self.source if ann is None else ann
-        return load_conversion(self.file, source, trust_pickle=self.trust_pickle, modules=self.modules)
-
-    def test(self, manifest: Mapping[str, Any]) -> tuple[Batches | None, tuple[str, ...], list[str]]:
+    def samples(self, manifest: Mapping[str, Any]) -> tuple[Batches | None, tuple[str, ...], list[str]]:
         """Open the test split: its batches, the names of its classes, and what the user should know."""
         if self.data is None:
             return None, (), []
@@ -133,13 +127,12 @@ class Request:
 
 def report(request: Request, terminal: Terminal) -> dict[str, Any]:
     """Measure a saved network, or with a ``form`` its copy for inference, and return the command's result."""
-    conversion = request.conversion()
-    manifest = conversion.snn.meta[MANIFEST]
-    batches, classes, known = request.test(manifest)
+    manifest = saved_manifest(request.file)
     ann, notices = source_ann(manifest["source"], request.source, request.trust_pickle, request.modules)
-    if request.page is not None and ann is not None:
-        conversion = request.conversion(ann)
-    watch = watching(request.page, conversion)
+    source = request.source if ann is None else ann
+    conversion = load_conversion(request.file, source, trust_pickle=request.trust_pickle, modules=request.modules)
+    batches, classes, known = request.samples(manifest)
+    page = page_of(request.page, conversion)
     notices = [*conversion.report.notices, *notices, *known]
     snn, changes, leaving, evaluation = conversion.snn, None, None, None
     if batches is not None:
@@ -153,23 +146,24 @@ def report(request: Request, terminal: Terminal) -> dict[str, Any]:
     for notice in notices:
         terminal.notice(notice)
     if batches is not None:
-        evaluation = evaluate(snn, terminal.track(batches, "measuring", batches.count), ann=ann, on_outputs=watch)
+        shown = terminal.track(batches, "measuring", batches.count)
+        evaluation = evaluate(snn, shown, ann=ann, on_outputs=watch_of(page))
     result = describe_network(
         snn,
         source=request.file,
         calibration=f"{manifest['calibration']['policy']}, {manifest['calibration']['samples']} samples",
         nodes=manifest.get("nodes", {"converted": manifest["sites"], "kept": [], "refused": []}),
         evaluation=evaluation,
-        diagnosis=None if watch is None else watch.diagnosis(),
+        diagnosis=None if page is None else page.watch.diagnosis(),
         notices=notices,
         spiking_coverage=conversion.report.spiking_coverage,
     )
     early = None if leaving is None else asdict(leaving)
     result |= {"deployed": request.form, "spike_changes": changes, "early_exit": early}
-    if request.page is not None and watch is not None:
-        write_page(
-            request.page, watch, result, classes=classes, history=manifest.get("history", ()),
-            made_by=manifest.get("command"), data=request.data, seed=request.seed, training=manifest.get("training"),
+    if page is not None:
+        page.write(
+            result, classes=classes, history=manifest.get("history", ()), made_by=manifest.get("command"),
+            data=request.data, seed=request.seed, training=manifest.get("training"),
         )  # fmt: skip
     return result
 
@@ -180,14 +174,11 @@ def deployed(snn: fx.GraphModule, form: str, batches: Batches) -> tuple[fx.Graph
     inputs, _ = split_batch("report: data", next(iter(batches)), 1)
     changes = spike_changes(snn, fast, *inputs)
     share = 100 * sum(changes.values()) / len(changes)
-    return (
-        fast,
-        changes,
-        (
-            f"Measured: the copy for inference, in {form}; in the first {batches.batch_size} samples spikes differ at "
-            f"{share:.2f} % of neurons and steps, on average over sites. The energy is that of 32 bits."
-        ),
+    said = (
+        f"Measured: the copy for inference, in {form}; in the first {batches.batch_size} samples spikes differ at "
+        f"{share:.2f} % of neurons and steps, on average over sites. The energy is that of 32 bits."
     )
+    return fast, changes, said
 
 
 def stored_preprocessing(

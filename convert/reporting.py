@@ -6,7 +6,7 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..calibrate.correct import own_copy
 from ..calibrate.diagnose import DIAGNOSIS_SAMPLES
 from ..evaluation import Outputs, evaluate
 from ..records import Spike, plain_value
-from ..report import ChangedSample, Epoch, NetworkReport, Raster, TrainingStage, graph_nodes
+from ..report import ChangedSample, NetworkReport, Raster, graph_nodes
 from ..report.records import BINS_PER_THRESHOLD, THRESHOLDS_SHOWN
 from ..results import describe_network
 from ..spiking import PerStep, sites
@@ -85,7 +85,7 @@ def report_on(
     if training is None:
         history = conversion.snn.meta.get(MANIFEST, {}).get("history", ())
     else:
-        history = [{"stage": stage.name, "epochs": [asdict(epoch) for epoch in stage.history]} for stage in training]
+        history = [stage.to_json() for stage in training]
     return watch.report(result, classes=classes, history=history, facts=facts)
 
 
@@ -156,7 +156,7 @@ class Watch:
             classes=tuple(classes),
             changed=tuple(changed),
             nodes=graph_nodes(self.conversion.snn, kept=result["nodes"].get("kept", ())),
-            training=tuple(_stage(stage) for stage in history),
+            training=tuple(history),
             facts={**(facts or {}), "versions": versions(), "recipe": plain_value(self.conversion.recipe)},
         )
 
@@ -231,11 +231,3 @@ def _raster(path: str, fired: Tensor) -> Raster:
     rows = active[torch.linspace(0, max(len(active) - 1, 0), min(RASTER_NEURONS, len(active))).long()]
     spikes = tuple((int(t), int(neuron)) for t, neuron in fired[:, rows].nonzero().tolist())
     return Raster(path, len(rows), fired.shape[1], spikes)
-
-
-def _stage(plain: Mapping[str, Any]) -> TrainingStage:
-    epochs = (
-        Epoch(epoch["epoch"], epoch["loss"], epoch["val_accuracy"], epoch.get("neurons") or {})
-        for epoch in plain["epochs"]
-    )
-    return TrainingStage(plain["stage"], tuple(epochs))

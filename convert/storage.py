@@ -233,10 +233,7 @@ def load_conversion(
     if rules is not None:
         check_kind("load: rules", rules, Mapping, "the rules of the conversion, as in rules={nn.GELU: as_neuron}")
         merged(rules)
-    if not isinstance(file, (str, Path)):
-        raise ArtifactError(f"load: file is {described(file)}; expected a path or zoo:NAME. Pass 'net.safetensors'.")
-    path = zoo.snn_path(file) if isinstance(file, str) and file.startswith("zoo:") else user_path(file)
-    check_saved(path)
+    path = _saved_file(file)
     tensors, manifest = read_snn(path)
     try:
         recipe: Recipe = frozen_value(manifest["recipe"], _TYPES)
@@ -270,6 +267,26 @@ def load_conversion(
     snn.meta[MANIFEST] = manifest
     fresh = source is None and manifest["source"]["architecture"] is not None
     return replace(conversion, has_source_weights=not fresh)
+
+
+def saved_manifest(file: str | Path) -> dict[str, Any]:
+    """Return the manifest of a file that :func:`save` wrote, or of ``zoo:NAME``, without building its network.
+
+    Raises:
+        ArtifactError: if the file is damaged.
+
+    >>> saved_manifest("zoo:digits-cnn-t4")["recipe"]["timesteps"]
+    4
+    """
+    return read_snn(_saved_file(file))[1]
+
+
+def _saved_file(file: str | Path) -> Path:
+    if not isinstance(file, (str, Path)):
+        raise ArtifactError(f"load: file is {described(file)}; expected a path or zoo:NAME. Pass 'net.safetensors'.")
+    path = zoo.snn_path(file) if isinstance(file, str) and file.startswith("zoo:") else user_path(file)
+    check_saved(path)
+    return path
 
 
 def _first_problem(error: ArgumentError | AuditError) -> str:

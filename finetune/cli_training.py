@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..convert.cli import measured
 from ..convert.cli_inputs import Inputs
 from ..convert.pipeline import Conversion
 from ..convert.storage import MANIFEST
-from ..records import Evaluation, plain_value
+from ..records import Evaluation
 from ..terminal import Advance, Terminal
 from ..zoo.images import Batches
 from .api import Finetuned, finetune
@@ -84,12 +84,8 @@ class Training:
     def facts(self, tuned: Finetuned) -> dict[str, Any]:
         """Return what a manifest keeps of the training."""
         before = () if isinstance(self.network, Conversion) else self.network.meta.get(MANIFEST, {}).get("history", ())
-        history = [
-            *before,
-            *({"stage": stage.name, "epochs": [asdict(found) for found in stage.history]} for stage in tuned.stages),
-        ]
-        last = {name: plain_value(values) for name, values in tuned[-1].neurons.items()}
-        return {"training": self.recipe.to_json(), "history": history, "neurons": last, "epochs": self.recipe.epochs}
+        history = [*before, *(stage.to_json() for stage in tuned.stages)]
+        return {"training": self.recipe.to_json(), "history": history, "epochs": self.recipe.epochs}
 
 
 def files_of(checkpoint: Checkpoint) -> tuple[Path, Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,6 +57,10 @@ class Stage:
     network: nn.Module = field(repr=False, compare=False)
     schedule: Schedule
     history: tuple[EpochResult, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return name and epochs as plain values, which manifests and reports keep."""
+        return {"stage": self.name, "epochs": [asdict(result) for result in self.history]}
 
 
 def neuron_values(network: nn.Module) -> NeuronValues:

@@ -58,6 +58,26 @@ def make_folder(folder: Path, advice: str) -> None:
         ) from error
 
 
+def check_writable(path: Path, advice: str) -> None:
+    """Find out before the work whether a file can be written.
+
+    Args:
+        path: of the file.
+        advice: what to do if it cannot, for the message.
+
+    Raises:
+        ArtifactError: if its folder or its name allows nothing to be written.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(
+            f"{path}: cannot be written ({reason}); expected a writable folder and a plain file name. {advice}"
+        ) from error
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that at every moment either the old one or the whole new one is there.
 

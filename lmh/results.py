@@ -47,7 +47,6 @@ def describe_network(
         spiking_coverage: share of activation elements that spike, 0 to 1, where it is known.
     """
     time = time_axis(snn)
-    rates = evaluation.channel_rate if evaluation else {}
     return {
         "source": source,
         "timesteps": time.timesteps,
@@ -56,7 +55,7 @@ def describe_network(
         **_figures(evaluation),
         "training_free": _figures(training_free) if training_free else None,
         "stages": [{"name": name, **_figures(found)} for name, found in stages],
-        "sites": [_site(path, site, rates.get(path)) for path, site in sites(snn).items()],
+        "sites": [_site(path, site, evaluation) for path, site in sites(snn).items()],
         "nodes": {fate: list(paths) for fate, paths in nodes.items()},
         "spiking_coverage": spiking_coverage,
         "diagnosis": diagnosis,
@@ -75,7 +74,7 @@ def _figures(evaluation: Evaluation | None) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def _site(path: str, site: SpikingSite, rates: Sequence[float] | None) -> dict[str, Any]:
+def _site(path: str, site: SpikingSite, evaluation: Evaluation | None) -> dict[str, Any]:
     theta = site.v_threshold.detach()
     if isinstance(site.neuron.granularity, PerStep):
         theta = theta.mean(0)  # [T] or [T, C]: the summary is over channels
@@ -86,17 +85,18 @@ def _site(path: str, site: SpikingSite, rates: Sequence[float] | None) -> dict[s
         "v_threshold": float(theta.mean()),
         "v_threshold_min": float(theta.min()),
         "v_threshold_max": float(theta.max()),
-        **_rates(rates),
+        **_rates(path, evaluation),
         **{name: float(value.detach().mean()) for name, value in zip(COEFFICIENTS, site.coefficients(), strict=True)},
     }
 
 
-def _rates(rates: Sequence[float] | None) -> dict[str, float | None]:
-    """What a site's channels fire: their mean, and the shares of 1 that never do or at nearly every step."""
-    if not rates:
+def _rates(path: str, evaluation: Evaluation | None) -> dict[str, float | None]:
+    """What a site fires, and the shares of 1 of its channels that never do or at nearly every step."""
+    if evaluation is None:
         return dict.fromkeys(("firing_rate", "silent_channels", "saturated_channels"))
+    rates = evaluation.channel_rate[path]
     return {
-        "firing_rate": sum(rates) / len(rates),
+        "firing_rate": evaluation.firing_rate[path],
         "silent_channels": sum(rate == 0 for rate in rates) / len(rates),
         "saturated_channels": sum(rate >= SATURATED for rate in rates) / len(rates),
     }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import rich.table
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,8 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 
+from .tables import Table, error_table, layer_table
 from .verbosity import Verbosity, verbosity
 
 Advance = Callable[[int, str], None]
@@ -101,9 +102,9 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
         console.print(_accuracy_table(result))
         _print_energy(console, result["energy"])
         if verbosity() is Verbosity.VERBOSE and result["energy"]:
-            console.print(_layer_table(result["energy"]))
+            console.print(_drawn(layer_table(result["energy"])))
     if result["diagnosis"] is not None:
-        console.print(_diagnosis_table(result["diagnosis"]))
+        console.print(_drawn(error_table(result["diagnosis"])))
     counts = {fate: len(paths) for fate, paths in result["nodes"].items()}
     console.print(f"The answer is {result['readout']}.")
     coverage = result["spiking_coverage"]
@@ -144,7 +145,7 @@ def _listed(paths: Sequence[str]) -> str:
 
 def print_fates(console: Console, result: dict[str, Any]) -> None:
     """Print what would become of every node."""
-    table = Table(title=f"{result['source']}: every node and its fate", title_justify="left")
+    table = rich.table.Table(title=f"{result['source']}: every node and its fate", title_justify="left")
     for name in ("node", "what", "fate"):
         table.add_column(name, overflow="fold")
     for node in result["fates"]:
@@ -156,8 +157,8 @@ def print_fates(console: Console, result: dict[str, Any]) -> None:
     console.print(f"{counts}; {len(result['problems'])} problems.")
 
 
-def _site_table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"{result['source']}, T = {result['timesteps']}", title_justify="left")
+def _site_table(result: dict[str, Any]) -> rich.table.Table:
+    table = rich.table.Table(title=f"{result['source']}, T = {result['timesteps']}", title_justify="left")
     table.add_column("site", overflow="fold")
     table.add_column("neuron")
     for name in ("threshold", "firing rate"):
@@ -171,11 +172,11 @@ def _site_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _accuracy_table(result: dict[str, Any]) -> Table:
+def _accuracy_table(result: dict[str, Any]) -> rich.table.Table:
     steps = shown_steps(result["timesteps"])
     labelled = result["snn_accuracy"] is not None
     what = "Accuracy in %" if labelled else "Agreement with the ANN in % (no labels were given)"
-    table = Table(title=f"{what}, n = {result['samples']}", title_justify="left")
+    table = rich.table.Table(title=f"{what}, n = {result['samples']}", title_justify="left")
     table.add_column("")
     for t in steps:
         table.add_column(f"t = {t}", justify="right")
@@ -201,32 +202,14 @@ def _accuracy_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _diagnosis_table(diagnosis: dict[str, Any]) -> Table:
-    table = Table(
-        title=f"Error of each site in % of its ANN activation's energy, n = {diagnosis['samples']}",
-        title_justify="left",
-        caption="error = inherited + clipping + rounding + timing; a negative share undoes others",
-        caption_justify="left",
-    )
-    table.add_column("site", overflow="fold")
-    names = ("total", "inherited", "clipping", "rounding", "timing")
-    for name in names:
-        table.add_column("error" if name == "total" else name, justify="right")
-    for row in diagnosis["rows"]:
-        table.add_row(row["path"], *(f"{100 * row[name]:.1f}" for name in names))
-    return table
-
-
-def _layer_table(energy: dict[str, Any]) -> Table:
-    table = Table(title="Work and energy of every layer, for one sample", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    for name in ("SynOps", "SNN MACs", "ANN MACs", "SNN µJ", "ANN µJ"):
-        table.add_column(name, justify="right")
-    for layer in energy["layers"]:
-        work = (f"{layer[name]:,.0f}" for name in ("accumulates", "macs", "ann_macs"))
-        energies = (f"{layer[name] / 1e6:.4f}" for name in ("snn_pj", "ann_pj"))
-        table.add_row(layer["path"], *work, *energies)
-    return table
+def _drawn(table: Table) -> rich.table.Table:
+    drawn = rich.table.Table(title=table.name, title_justify="left", caption=table.caption, caption_justify="left")
+    for column, name in enumerate(table.head):
+        words = column in table.text_columns
+        drawn.add_column(name, justify="left" if words else "right", overflow="fold" if words else "ellipsis")
+    for row in table.rows:
+        drawn.add_row(*row)
+    return drawn
 
 
 def _print_energy(console: Console, energy: dict[str, Any] | None) -> None:

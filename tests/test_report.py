@@ -207,10 +207,10 @@ class TestWhatItCounts:
         tuned = finetune(conversion.snn, digits_calibration, epochs=2)
         found = report_on(conversion, training=tuned.stages)
         (stage,) = found.training
-        assert [epoch.loss for epoch in stage.epochs] == [epoch.loss for epoch in tuned]
+        assert [epoch["loss"] for epoch in stage["epochs"]] == [epoch.loss for epoch in tuned]
         assert isinstance(figures.neurons(found), Figure)
         (stage,) = report_on(load_conversion("zoo:digits-cnn-t4")).training
-        assert len(stage.epochs) == 20
+        assert len(stage["epochs"]) == 20
 
     def test_what_stays_analog_is_named(self) -> None:
         ann, x = (
@@ -243,7 +243,7 @@ class TestWhatItCounts:
 class TestFigures:
     @pytest.mark.parametrize("name", FIGURES)
     def test_each_is_drawn_from_a_whole_report_and_from_its_json(self, report: NetworkReport, name: str) -> None:
-        whole = NetworkReport.from_json({**report.to_json(), "training": _stages()})
+        whole = NetworkReport.from_json({**report.to_json(), "training": HISTORY})
         again = NetworkReport.from_json(json.loads(json.dumps(whole.to_json())))
         assert again.to_json() == whole.to_json()
         for found in (whole, again):
@@ -288,17 +288,11 @@ class TestFigures:
         assert labels == ["7 → 3", "zero → 99"]
 
     def test_a_file_without_neurons_by_epoch_says_so(self, report: NetworkReport) -> None:
-        epochs = [{**epoch, "neurons": {}} for epoch in _stages()[0]["epochs"]]
-        old = NetworkReport.from_json({**report.to_json(), "training": [{**_stages()[0], "epochs": epochs}]})
+        epochs = [{**epoch, "neurons": {}} for epoch in HISTORY[0]["epochs"]]
+        old = NetworkReport.from_json({**report.to_json(), "training": [{**HISTORY[0], "epochs": epochs}]})
         assert isinstance(figures.losses(old), Figure)
         with pytest.raises(ArgumentError, match="fine-tune it again"):
             figures.neurons(old)
-
-
-def _stages() -> list[dict[str, Any]]:
-    """A training as a report's JSON has it."""
-    epochs = [{"type": "Epoch", **epoch} for epoch in HISTORY[0]["epochs"]]
-    return [{"type": "TrainingStage", "name": "STBP", "epochs": epochs}]
 
 
 class TestThePage:

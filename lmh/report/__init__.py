@@ -7,16 +7,14 @@ and the JSON; :mod:`lmh.report.figures` draws single figures: ``figures.accuracy
 from __future__ import annotations
 
 from .page import report_page, write_report
-from .records import ChangedSample, Epoch, GraphNode, NetworkReport, Raster, TrainingStage
+from .records import ChangedSample, GraphNode, NetworkReport, Raster
 from .structure import graph_nodes
 
 __all__ = [
     "ChangedSample",
-    "Epoch",
     "GraphNode",
     "NetworkReport",
     "Raster",
-    "TrainingStage",
     "graph_nodes",
     "report_page",
     "write_report",

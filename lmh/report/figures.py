@@ -39,7 +39,6 @@ CAUSES = {"inherited": PURPLE, "clipping": ORANGE, "rounding": GREEN, "timing": 
 COEFFICIENTS = {"v_threshold": "θ", "lambda_s": "λS", "lambda_d": "λD", "mu_s": "μS", "mu_d": "μD"}
 WIDTH = 5.2  # inches; a page of a phone shows it at 0.7 of its size
 MOST_CLASSES = 20
-NO_TRAINING = "What lmh-convert --finetune and lmh finetune write holds one; in Python pass training=."
 STYLE: dict[Any, Any] = {
     "font.size": 9.5, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
@@ -91,6 +90,18 @@ def _across(axes: Axes, names: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
+def _mark(axes: Axes, values: Sequence[float], label: str) -> None:
+    """Mark one value in each row of a horizontal chart."""
+    axes.plot(values, range(len(values)), linestyle="none", marker="|", markersize=9, color=INK, label=label)
+
+
+def _legend_above(axes: Axes) -> None:
+    """Explain the colours above a chart, in one line."""
+    columns = len(axes.get_legend_handles_labels()[0])
+    options = {"fontsize": 8, "handlelength": 1, "columnspacing": 1}
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, **options)
+
+
 def _tall(rows: int) -> float:
     """Height of a chart with a row for each site or layer, in inches."""
     return 1.0 + 0.2 * rows
@@ -136,7 +147,7 @@ def firing_rates(report: NetworkReport) -> Figure:
     right.set_xlim(0, max(5.0, (silent + full).max()))
     right.set_xlabel("channels in %")
     right.tick_params(axis="y", length=0)
-    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8)
+    _legend_above(right)
     return figure
 
 
@@ -180,10 +191,10 @@ def site_errors(report: NetworkReport) -> Figure:
         axes.barh(range(len(rows)), share, left=np.where(share > 0, above, below), color=colour, label=cause)
         above, below = above + share.clip(min=0), below + share.clip(max=0)
     total = [100 * row["total"] for row in rows]
-    axes.plot(total, range(len(rows)), linestyle="none", marker="|", markersize=9, color=INK, label="in all")
+    _mark(axes, total, "in all")
     _across(axes, [row["path"] for row in rows])
     axes.set_xlabel("error in % of E[a²]")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, fontsize=8, handlelength=1, columnspacing=1)
+    _legend_above(axes)
     return figure
 
 
@@ -200,30 +211,25 @@ def energy(report: NetworkReport) -> Figure:
     ann = [layer["ann_pj"] / 1e6 for layer in layers]
     axes.barh(rows, adding, height=0.6, color=GREEN, label="SNN, accumulates")
     axes.barh(rows, multiplying, left=adding, height=0.6, color=ORANGE, label="SNN, multiplies")
-    axes.plot(ann, rows, linestyle="none", marker="|", markersize=9, color=INK, label="ANN")
+    _mark(axes, ann, "ANN")
     _across(axes, [layer["path"] for layer in layers])
     axes.set_xlabel("µJ per sample")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, handlelength=1, columnspacing=1)
+    _legend_above(axes)
     return figure
 
 
 @_styled
 def losses(report: NetworkReport) -> Figure:
     """Loss, and accuracy on held-out samples where there were some, over the epochs of all stages."""
-    _need(
-        report.training,
-        "training",
-        "Networks that lmh-convert --finetune or lmh finetune wrote hold theirs; in Python pass training=.",
-    )
-    epochs = [epoch for stage in report.training for epoch in stage.epochs]
-    held_out = [epoch.val_accuracy for epoch in epochs]
+    epochs = _epochs(report)
+    held_out = [epoch["val_accuracy"] for epoch in epochs]
     measured = any(value is not None for value in held_out)
     figure, axes = _figure(4.4 if measured else 2.8, 2 if measured else 1, sharex=True)
     positions = np.arange(1, len(epochs) + 1)
     first = 0
     for stage in report.training:
-        last = first + len(stage.epochs)
-        axes[0].plot(positions[first:last], [epoch.loss for epoch in stage.epochs], color=BLUE, marker=".")
+        last = first + len(stage["epochs"])
+        axes[0].plot(positions[first:last], [epoch["loss"] for epoch in stage["epochs"]], color=BLUE, marker=".")
         first = last
     axes[0].set_ylabel("loss")
     if measured:
@@ -236,26 +242,28 @@ def losses(report: NetworkReport) -> Figure:
     return figure
 
 
+def _epochs(report: NetworkReport) -> list[Any]:
+    """The epochs of all stages."""
+    how = "What lmh-convert --finetune and lmh finetune write holds one; in Python pass training=."
+    _need(report.training, "training", how)
+    return [epoch for stage in report.training for epoch in stage["epochs"]]
+
+
 def _mark_stages(report: NetworkReport, axes: Sequence[Axes]) -> None:
     start = 0
     for stage in report.training:
         if len(report.training) > 1:
-            axes[0].text(start + 1, 1.02, stage.name, transform=axes[0].get_xaxis_transform(), fontsize=8)
+            axes[0].text(start + 1, 1.02, stage["stage"], transform=axes[0].get_xaxis_transform(), fontsize=8)
             for panel in axes if start else ():
                 panel.axvline(start + 0.5, color=INK, linestyle=":", linewidth=0.8)
-        start += len(stage.epochs)
+        start += len(stage["epochs"])
 
 
 @_styled
 def neurons(report: NetworkReport) -> Figure:
     """θ, λ and μ of every site over the epochs: the mean over channels and steps."""
-    _need(
-        report.training,
-        "training",
-        "Networks that lmh-convert --finetune or lmh finetune wrote hold theirs; in Python pass training=.",
-    )
-    epochs = [epoch for stage in report.training for epoch in stage.epochs]
-    known = [epoch.neurons for epoch in epochs]
+    epochs = _epochs(report)
+    known = [epoch["neurons"] or {} for epoch in epochs]
     _need(any(known), "values of neurons by epoch", "The file was written before they were kept: fine-tune it again.")
     paths = list(next(found for found in reversed(known) if found))
     figure, axes = _figure(1.0 + 1.15 * len(COEFFICIENTS), len(COEFFICIENTS), sharex=True)

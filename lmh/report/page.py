@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 
 from ..artifact import write_atomically
 from ..errors import ArgumentError
+from ..tables import Table, error_table, layer_table
 from . import figures
 from .records import NetworkReport
-from .tables import Table, error_table, facts_text, layer_table, node_table, site_table
+from .tables import facts_text, node_table, site_table
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,21 @@ class Section:
         object.__setattr__(self, "id", re.sub(r"\W+", "-", self.title.lower()))
 
 
+def page_file(file: str | Path) -> Path:
+    """Return the path of a page.
+
+    Raises:
+        ArgumentError: if it does not end in ``.html``.
+
+    >>> page_file("report.html").name
+    'report.html'
+    """
+    page = Path(file)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise ArgumentError(f"{file}: a report is a web page; expected a name that ends in .html. Name it report.html.")
+    return page
+
+
 def write_report(report: NetworkReport, file: str | Path) -> tuple[Path, Path]:
     """Write the page, and the report's values beside it.
 
@@ -69,9 +85,7 @@ def write_report(report: NetworkReport, file: str | Path) -> tuple[Path, Path]:
         ArgumentError: if ``file`` does not end in ``.html``.
         ArtifactError: if one cannot be written.
     """
-    page = Path(file)
-    if page.suffix.lower() not in (".html", ".htm"):
-        raise ArgumentError(f"{file}: a report is a web page; expected a name that ends in .html. Name it report.html.")
+    page = page_file(file)
     values = page.with_name(f"{page.name}.json")
     write_atomically(page, report_page(report).encode())
     write_atomically(values, json.dumps(report.to_json(), default=str).encode())
@@ -199,14 +213,14 @@ def _sections(report: NetworkReport) -> Iterator[Section]:
         "rounded to T spikes, and mistimed by the order of currents. A negative share undoes others. This and the "
         "activations above are of the first samples, up to 128.",
         drawings=(draw("site_errors", "Shares of the error's energy, in per cent of that of the activation."),),
-        table=error_table(report),
+        table=None if result["diagnosis"] is None else error_table(result["diagnosis"]),
     )
     energy = result["energy"]
     yield Section(
         "Energy",
         text="" if energy is None else energy["assumptions"],
         drawings=(draw("energy", "Estimated energy of each layer for one sample."),),
-        table=layer_table(report),
+        table=None if energy is None else layer_table(energy),
     )
     yield Section(
         "Training",

@@ -69,29 +69,6 @@ class GraphNode:
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """One epoch of a training: :class:`lmh.finetune.EpochResult` as plain values."""
-
-    epoch: int
-    loss: float
-    val_accuracy: float | None
-    neurons: Mapping[str, Mapping[str, tuple[float, ...]]]
-
-
-@dataclass(frozen=True)
-class TrainingStage:
-    """One stage of a training.
-
-    Attributes:
-        name: ``QCFS`` or ``STBP``.
-        epochs: in their order.
-    """
-
-    name: str
-    epochs: tuple[Epoch, ...]
-
-
-@dataclass(frozen=True)
 class NetworkReport:
     """All that is known of a converted network. What is not known is None or empty.
 
@@ -103,7 +80,8 @@ class NetworkReport:
         classes: names, by label.
         changed: samples that the ANN answers otherwise.
         nodes: the graph.
-        training: its stages.
+        training: its stages, ``{"stage": name, "epochs": [{"epoch", "loss", "val_accuracy", "neurons"}, …]}`` each, as
+            :meth:`lmh.finetune.Stage.to_json` gives them.
         facts: command, versions, seed, data and recipe, by name.
     """
 
@@ -113,7 +91,7 @@ class NetworkReport:
     classes: tuple[str, ...] = ()
     changed: tuple[ChangedSample, ...] = ()
     nodes: tuple[GraphNode, ...] = ()
-    training: tuple[TrainingStage, ...] = ()
+    training: tuple[Mapping[str, Any], ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -131,7 +109,7 @@ class NetworkReport:
         >>> NetworkReport.from_json(report.to_json()) == report
         True
         """
-        types = (Raster, ChangedSample, GraphNode, Epoch, TrainingStage, NetworkReport)
+        types = (Raster, ChangedSample, GraphNode, NetworkReport)
         try:
             found = frozen_value(plain, {kind.__name__: kind for kind in types})
         except (KeyError, TypeError) as error:
