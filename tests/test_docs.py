@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +17,24 @@ import torch
 from PIL import Image
 from torch import nn
 
+from lmh import zoo
 from lmh.cli import lmh, run
 from lmh.convert.cli import convert_command
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-IN_TEST_README = ("finetuning.md", "inference.md", "zoo.md")  # which runs them with data of their own
-GUIDES = sorted(path.name for path in DOCS.glob("*.md") if path.name not in IN_TEST_README)
-SMALLER = {"--budget 10": "--budget 0.1", "--distill 20": "--distill 1", "--finetune 3": "--finetune 1"}
+GUIDES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "zoo.md")
+SMALLER = {
+    "--budget 10": "--budget 0.1", "--distill 20": "--distill 1", "--finetune 3": "--finetune 1",
+    "--qcfs-epochs 12": "--qcfs-epochs 1", "--epochs 30": "--epochs 2", "--epochs 10": "--epochs 2",
+    "--epochs 5": "--epochs 1", "--loss tet": "--loss tet --epochs 1", "torchrun": "torchrun --standalone",
+}  # fmt: skip
+IN_TEST_README = ("finetuning.md", "inference.md")
+"""Their Python blocks run there, where what comes of them is checked."""
+BEFORE = {
+    "finetuning.md": ["convert zoo:digits-cnn -T 4 --data digits"],
+    "inference.md": ["convert net.pt -T 4 --data folder:photos"],
+}
 SOURCE_FOLDERS = ("lmh", "convert", "calibrate", "finetune", "zoo")
 
 
@@ -33,14 +44,20 @@ def blocks(kind: str, page: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the guides' commands name: a network in net.pt and pictures in photos."""
+    """What the guides' commands name, made small: networks, pictures in photos, and CIFAR-10."""
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=4), nn.BatchNorm2d(8),
         nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2),
     )  # fmt: skip
-    torch.save(net, tmp_path / "net.pt")
+    for name in ("net.pt", "model.pt"):
+        torch.save(net, tmp_path / name)
+    weights = {f"module.{name}": value for name, value in zoo.card("cifar10-resnet20-a").build().state_dict().items()}
+    torch.save(weights, tmp_path / "cifar10-resnet20-idelbayev.th")
+    pixels = {f"x_{part}": generator.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8) for part in ("train", "test")}
+    labels = {f"y_{part}": np.arange(40) % 10 for part in ("train", "test")}
+    np.savez(tmp_path / "cifar10.npz", classes=np.array(list("abcdefghij")), **pixels, **labels)
     for part in ("train", "test"):
         for kind in ("cat", "dog"):
             place = tmp_path / "photos" / part / kind
@@ -51,7 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in GUIDES if blocks("python", page)])
+@pytest.mark.parametrize("page", [page for page in GUIDES if blocks("python", page) and page not in IN_TEST_README])
 def test_the_python_blocks_of_a_guide_run_in_order(page: str, folder: Path) -> None:
     names: dict[str, object] = {"__name__": "guide"}
     for block in blocks("python", page):
@@ -60,8 +77,10 @@ def test_the_python_blocks_of_a_guide_run_in_order(page: str, folder: Path) -> N
 
 @pytest.mark.parametrize("page", [page for page in GUIDES if blocks("console", page)])
 def test_the_commands_of_a_guide_run(page: str, folder: Path) -> None:
+    for words in BEFORE.get(page, ()):
+        assert run(lmh, words.split()) == 0
     for block in blocks("console", page):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             text = line.partition("#")[0].strip()
             for long, short in SMALLER.items():
                 text = text.replace(long, short)
@@ -70,10 +89,31 @@ def test_the_commands_of_a_guide_run(page: str, folder: Path) -> None:
                 assert run(convert_command, words[1:]) == 0, line
             elif words[:1] == ["lmh"]:
                 assert run(lmh, words[1:]) == 0, line
+            elif words[:1] == ["torchrun"]:
+                done = subprocess.run(
+                    [Path(sys.executable).parent / words[0], *words[1:]], capture_output=True, text=True
+                )
+                assert done.returncode == 0, done.stderr
             elif words[:1] == ["python"]:  # tests/test_benchmarks.py runs it
                 assert (ROOT / words[1]).is_file(), line
             else:
                 assert words[:2] == ["pip", "install"], line
+
+
+@pytest.mark.slow
+def test_the_zoos_commands_on_cifar10_run(folder: Path) -> None:
+    """The other commands of zoo.md run in tests/test_readme.py and tests/test_event_training.py."""
+    lines = [line for block in blocks("console", "zoo.md") for line in block.splitlines() if "npz:" in line]
+    *training, publishing = [shlex.split(line.partition("#")[0]) for line in lines]
+    assert [words[:3] for words in training] == [["lmh", "zoo", "train"]] * 2
+    for words in training:
+        assert run(lmh, words[1:]) == 0, words
+    for name, copy in (("cifar10-resnet20", "runs/cifar10-resnet20"), ("cifar10-resnet20-t4", "snn")):
+        for suffix in (".safetensors", ".json"):
+            shutil.copy(f"runs/zoo/{name}{suffix}", f"{copy}{suffix}")
+    assert publishing[:3] == ["lmh", "zoo", "publish"]
+    assert run(lmh, publishing[1:]) == 0
+    assert {path.name for path in Path("release").iterdir()} > {"index.json", "SHA256SUMS", "my-resnet20-t4.md"}
 
 
 @pytest.mark.slow

@@ -7,12 +7,10 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import click
 import pytest
 
 from lmh.cli import lmh, run
 from lmh.convert.cli import convert_command
-from lmh.finetune.cli import finetune_command
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -65,18 +63,6 @@ def test_the_python_block_on_inference_runs() -> None:
     names: dict[str, object] = {}
     exec(compile(block, "inference.md", "exec"), names)
     assert names["answers"].argmax(1).eq(names["labels"]).double().mean() > 0.97  # type: ignore[attr-defined]
-
-
-def test_every_option_of_the_commands_on_fine_tuning_exists() -> None:
-    joined = [block.replace("\\\n", " ") for block in blocks("console", FINETUNING)]
-    found = [words for block in joined for words in commands(block)]
-    assert len(found) >= 4
-    for words in found:
-        assert words[1] == "finetune"
-        context = click.Context(finetune_command)
-        values, rest, _ = finetune_command.make_parser(context).parse_args(words[2:])
-        assert "data" in values
-        assert rest == []
 
 
 def test_the_first_screen_holds_the_two_commands() -> None:
