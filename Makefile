@@ -13,8 +13,9 @@ demo: $(INSTALLED)
 	$(BIN)/lmh-convert zoo:digits-cnn --timesteps 4 --data digits --finetune 5 --output runs/demo/digits-cnn-snn-T4.safetensors --report runs/demo/report.html
 	$(BIN)/lmh report runs/demo/digits-cnn-snn-T4.safetensors --data digits
 
+# files in their own order: xdist's would begin the longest, of few tests, last
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED) types
 	$(BIN)/ruff check .

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmh import LMH, Kernel, SpikingSite, __version__, kernels_used, use_kernel
+from lmh import LMH, Kernel, SpikingSite, __version__, fused_layers, kernels_used, use_kernel
+from lmh.batch_norm import PendingCurrent
 from lmh.convert import convert
 from lmh.kernels import can_compile, programs
 from lmh.pages import keep_freed_memory
@@ -87,6 +88,24 @@ def neurons(kernel: Kernel, order: str, per_channel: bool, timesteps: int, batch
     return forward, both
 
 
+def layer(order: str, timesteps: int, batch: int, fuse: bool) -> Work:
+    """A forward and backward pass of BatchNorm and neurons, after one another or as one function."""
+    site = SpikingSite(TimeAxis(timesteps), torch.ones(CHANNELS), torch.tensor(0.5), LMH(), channels=CHANNELS)
+    norm = nn.BatchNorm2d(CHANNELS)
+    x, weight = (
+        torch.randn(timesteps * batch, CHANNELS, SIDE, SIDE).contiguous(memory_format=ORDERS[order]) for _ in range(2)
+    )
+    x.requires_grad_()
+
+    def work() -> None:
+        with use_kernel(Kernel.COMPILED):
+            site(PendingCurrent(norm, x) if fuse else norm(x)).backward(weight)
+        x.grad = None
+        norm.zero_grad(), site.zero_grad()
+
+    return work
+
+
 def ideal(timesteps: int, batch: int) -> tuple[Work, Work]:
     """A copy, and a ReLU with its backward pass, of the same size."""
     current, weight = (torch.randn(timesteps * batch, CHANNELS, SIDE, SIDE) for _ in range(2))
@@ -115,7 +134,7 @@ def networks(timesteps: int, batch: int, order: str) -> tuple[nn.Module, nn.Modu
 
     def spiking(kernel: Kernel) -> Work:
         def work() -> None:
-            with use_kernel(kernel):
+            with use_kernel(kernel), fused_layers(snn):
                 step(snn)
             assert set(kernels_used(snn).values()) == {kernel}
 
@@ -201,6 +220,13 @@ def main(
     for title, variants in (("forward", forward), ("forward_backward", both)):
         results[title] = summary(rounds(variants, repeats, clock), "ideal")
         show(f"one site, {title.replace('_', ' and ')}", results[title])
+    for order in orders if Kernel.COMPILED in KERNELS else []:
+        variants = {
+            "after one another": layer(order, timesteps, batch, False),
+            "as one": layer(order, timesteps, batch, True),
+        }
+        results[f"layer, {order}"] = summary(rounds(variants, repeats, clock), "after one another")
+        show(f"BatchNorm and neurons, forward and backward, {order}", results[f"layer, {order}"])
     results["site_peak_mib"] = peaks(timesteps, batch, network=False)
     print(f"\none site, memory of a forward and backward pass in MiB: {results['site_peak_mib']}")
 

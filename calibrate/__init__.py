@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..arguments import check_batches, check_kind, check_timesteps, refuse
 from ..errors import CalibrationError
-from ..records import Calibration, Prepared, Spike
+from ..records import FROM_QCFS, Calibration, Prepared, Spike
 from ..spiking import PerLayer
 from .blocks import Block, blocks
 from .correct import changes, correct, replay
@@ -83,7 +83,6 @@ __all__ = [
 
 USUAL_CORRECTIONS: tuple[Correction, ...] = (WeightRegression(), SpikingMinError())
 """What ``auto`` and :func:`lmh.finetune.distill` correct with, in this order."""
-FROM_QCFS = "taken over from QCFS"
 _POLICIES = (Max, Percentile, MinError, BatchNormStatistics, LocalThresholdBalancing, KLDivergence)
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..op_table import BATCHNORM_MODULES, SYNAPSE_MODULES
-from ..ops import module_of
+from ..ops import module_of, plain_sum
 from ..spiking import SpikingSite
 from ..time_axis import Border
 from .lockstep import Lockstep
 
 LEAST_SCALE = 1e-4
-ADDITIONS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def _way(lockstep: Lockstep, home: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...
         module = module_of(reader)
         if isinstance(module, SpikingSite):
             return end, tuple(others), reader
-        if reader.target in ADDITIONS and len(reader.all_input_nodes) == 2 and not reader.kwargs:
+        if plain_sum(reader):
             others += [source for source in reader.all_input_nodes if source is not current]
             end = reader
         elif not isinstance(module, Border):

@@ -7,14 +7,16 @@ last site, T steps, a the ANN's activation, the loss of a block is
 
     ‖(1/T) Σ_t θ s[t] − a‖² / ‖a‖²
 
-No labels are needed.
+No labels are needed. Through so few layers neurons are fitted better without a gradient through their reset
+(lmh/resets.py), unless they name one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ from torch import Tensor, fx
 from ..arguments import split_batch
 from ..errors import ArgumentError, CalibrationError
 from ..records import Prepared
-from ..spiking import COEFFICIENTS, SpikingSite
+from ..resets import DetachedReset
+from ..spiking import COEFFICIENTS, SpikingSite, sites
 from ..structures import input_count
 from ..time_axis import takes_events, time_axis
 from .blocks import Block, blocks, cut
@@ -118,11 +121,25 @@ def reconstruct(
         with torch.no_grad():
             values = _in_chunks(teacher, values, settings.batch_size)
         fit = _Fit(student, timesteps, timed=spikes is not source, settings=settings)
-        results.append(BlockResult(block, *fit.run(spikes, values, generator)))
+        with _without_the_resets_gradient(snn):
+            results.append(BlockResult(block, *fit.run(spikes, values, generator)))
         spikes = fit.outputs(spikes)
         if on_block is not None:
             on_block(results[-1])
     return results
+
+
+@contextmanager
+def _without_the_resets_gradient(snn: fx.GraphModule) -> Iterator[None]:
+    """Inside the block no gradient passes the reset of neurons that do not say whether one does."""
+    free = [site for site in sites(snn).values() if site.neuron.reset is None]
+    for site in free:
+        site.neuron = replace(site.neuron, reset=DetachedReset())
+    try:
+        yield
+    finally:
+        for site in free:
+            site.neuron = replace(site.neuron, reset=None)
 
 
 def _in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:

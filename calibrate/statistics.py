@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..op_table import (
+    ADDITIONS,
     AVGPOOL_MODULES,
     BATCHNORM_MODULES,
     CASTS,
@@ -133,10 +134,9 @@ def _carry(node: fx.Node, moments: dict[fx.Node, Moments | None], values: dict[f
     return None
 
 
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _SUBTRACTS = {operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract"}
 _NEGATES = {operator.neg, torch.neg, torch.negative, "neg", "negative"}
-_ARITHMETIC: set[Any] = {*_NEGATES, *_ADDS, *_SUBTRACTS, *PRODUCTS}
+_ARITHMETIC: set[Any] = {*_NEGATES, *ADDITIONS, *_SUBTRACTS, *PRODUCTS}
 _FLATTENS: set[Any] = {torch.flatten, torch.reshape, "flatten", "view", "reshape"}
 _KEEPS_CHANNELS: set[Any] = {
     torch.cat, torch.concat, torch.concatenate, torch.mean, "mean", F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
@@ -181,14 +181,14 @@ def _arithmetic(node: fx.Node, moments: dict[fx.Node, Moments | None]) -> Moment
         return None
     a, b = (moments[arg] if isinstance(arg, fx.Node) else arg for arg in node.args)
     if isinstance(a, Moments) and isinstance(b, Moments):
-        if node.target not in _ADDS | _SUBTRACTS or len(a.mean) != len(b.mean):
+        if node.target not in ADDITIONS | _SUBTRACTS or len(a.mean) != len(b.mean):
             return None
-        sign = 1 if node.target in _ADDS else -1
+        sign = 1 if node.target in ADDITIONS else -1
         return Moments(a.mean + sign * b.mean, a.variance + b.variance)
     signal, number = (a, b) if isinstance(a, Moments) else (b, a)
     if not isinstance(signal, Moments) or not isinstance(number, int | float):
         return None
-    if node.target in _ADDS:
+    if node.target in ADDITIONS:
         return Moments(signal.mean + number, signal.variance)
     if node.target in _SUBTRACTS:
         return Moments(signal.mean - number if signal is a else number - signal.mean, signal.variance)

@@ -22,7 +22,7 @@ from ..int8 import SpikeLayer
 from ..int8 import available as int8_layers_exist
 from ..kernels import Kernel, use_kernel
 from ..op_table import BATCHNORM_MODULES, SYNAPSE_MODULES
-from ..ops import module_of
+from ..ops import module_of, plain_sum
 from ..shapes import node_values
 from ..spiking import sites
 from ..structures import SampleShape, Shape, as_sample_shape, batched, each_shape, each_tensor, example_tensor
@@ -116,7 +116,8 @@ def deploy(
        dropout, θ goes into their weights, W' = W θ for each input channel, and the site gives s, 0 or 1.
     3. With ``int8``, convolutions [N, C, H, W] and linear layers that read a site, straight or flattened, take its
        spikes as whole numbers and have int8 weights, by output channel (lmh/int8.py); what else reads it gets θ s.
-    4. The neurons are constants, and run as one pass over all steps, compiled where that is worth it.
+    4. The neurons are constants, and run as one pass over all steps, compiled where that is worth it. A residual sum in
+       front of them becomes a part of that pass.
     5. With a ``dtype`` of 16 bits, weights and currents are of it; potentials stay float32.
     6. With an ``example``, channels first or channels last in memory: what was faster on it, in this process.
 
@@ -158,6 +159,7 @@ def deploy(
         )
     if dtype != given:
         _compute_in(model, dtype, given)
+    _join_sums(model)
     model.graph.lint()
     model.recompile()
     model.meta.pop(MANIFEST, None)
@@ -227,6 +229,15 @@ def _checked_dtype(dtype: torch.dtype, given: torch.dtype, int8: bool) -> torch.
             "it out."
         )
     return dtype
+
+
+def _join_sums(model: fx.GraphModule) -> None:
+    """Let sites add two currents themselves, where nothing else reads the sum."""
+    for node in [node for node in model.graph.nodes if isinstance(module_of(node), FrozenSite)]:
+        [current] = node.args
+        if plain_sum(current) and len(current.users) == 1:
+            node.args = current.args
+            model.graph.erase_node(current)
 
 
 def _compute_in(model: fx.GraphModule, dtype: torch.dtype, given: torch.dtype) -> None:

@@ -19,10 +19,10 @@ from ..arguments import (
     refuse,
     split_batch,
 )
-from ..calibrate import FROM_QCFS, Policy, automatic, calibrate, check_policy, refit, replay, stand_ins
+from ..calibrate import Policy, automatic, calibrate, check_policy, refit, replay, stand_ins
 from ..errors import ArgumentError
 from ..readout import READOUTS, Average, MeanReadout
-from ..records import Calibration, Prepared, Report, Spike
+from ..records import FROM_QCFS, Calibration, Prepared, Report, Spike
 from ..spiking import LMH, sites
 from ..structures import SampleShape, as_sample_shape, input_count
 from .maxpool import AveragePool, BeforeNeuron, Gated, MaxPool, WhereExact, pool_notices

@@ -17,6 +17,7 @@ from ..artifact import file_digest, is_there, read_snn, user_path, versions, wri
 from ..errors import ArgumentError, ArtifactError, AuditError
 from ..readout import READOUTS
 from ..records import Calibration, frozen_value, plain_value
+from ..resets import AttachedReset, DetachedReset
 from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, sites
 from ..surrogates import Arctan, Dspike, Rectangle, Sigmoid, Triangle
 from .files import check_saved
@@ -44,6 +45,8 @@ _TYPES = {
         Sigmoid,
         Arctan,
         Dspike,
+        DetachedReset,
+        AttachedReset,
         DirectCoding,
         EventFrames,
         StandIns,
@@ -140,10 +143,10 @@ def _check_recipe(file: str | Path, recipe: Recipe) -> None:
     if not strange:
         return
     advice = "Convert with one of these."
-    if strange.keys() == {"neuron.surrogate"}:
+    if strange.keys() <= {"neuron.surrogate", "neuron.reset"}:
         advice = (
-            "A surrogate acts in training only: put one of these into the file with dataclasses.replace(conversion, "
-            "recipe=…), or convert with it."
+            "Surrogates and resets act in training only: put one of these into the file with "
+            "dataclasses.replace(conversion, recipe=…), or convert with it."
         )
     raise ArtifactError(
         f"{file}: cannot hold the recipe's {', '.join(f'{path}, {what}' for path, what in strange.items())}; expected "

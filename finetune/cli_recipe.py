@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..resets import AttachedReset, DetachedReset, Reset
 from ..spiking import LIF, LMH, PerChannel, PerStep
 from ..zoo.augmentation import Augmentation, AutoAugment, Cutout, InTurn
 from ..zoo.images import Batches
@@ -25,6 +26,7 @@ _RATE = click.FloatRange(min=0, min_open=True)
 _SHARE = click.FloatRange(0, 1)
 _COUNT = click.IntRange(min=1)
 MIXES = {"mixup": Mixup(), "cutmix": CutMix()}
+RESETS: dict[str, Reset] = {"attached": AttachedReset(), "detached": DetachedReset()}
 BATCH_NORMS = {"live": LiveBatchNorm(), "frozen": FrozenBatchNorm(), "synced": SyncedBatchNorm()}
 _OPTIONS = (
     click.option("--epochs", type=_COUNT, help="In all stages together. 10 unless given."),
@@ -41,6 +43,10 @@ _OPTIONS = (
     click.option(
         "--membrane", type=click.Choice(["layer", "channel", "step", "wider"]),
         help="Progressive's λ and μ: one for each layer, channel or step, or wider ranges.",
+    ),
+    click.option(
+        "--reset", type=click.Choice(list(RESETS)),
+        help="Whether a gradient passes the reset; attached from an IF start, detached from a LIF start, unless given.",
     ),
     click.option("--lr", type=_RATE, help="Learning rate of the weights."),
     click.option("--neuron-lr", type=click.FloatRange(min=0), help="Learning rate of θ, v_init, λ and μ."),
@@ -96,6 +102,7 @@ class Wishes:
     qcfs_warmup: int | None = None
     leak: float | None = None
     membrane: str | None = None
+    reset: str | None = None
     lr: float | None = None
     neuron_lr: float | None = None
     warmup: int | None = None
@@ -151,6 +158,8 @@ class Wishes:
                 raise click.UsageError(f"{_flag(name)} goes with --strategy {strategies[0]}. Add it, or leave it out.")
         if self.strategy == "time-sliced" and self.slice_steps is None:
             raise click.UsageError("--strategy time-sliced needs --slice K, a divisor of T.")
+        if self.reset is not None and (self.strategy == "sltt" or self.slice_steps == 1):
+            raise click.UsageError("--reset came with slices of one step, which hand no gradient on. Leave it out.")
         if self.accumulate and self.slice_steps is None:
             raise click.UsageError("--accumulate goes with --slice K. Add it, or leave it out.")
         if self.no_teacher and any(x is not None for x in (self.distill, self.distill_features, self.temperature)):
@@ -186,7 +195,7 @@ class Wishes:
         """
         if self._read is not None:
             return self._read
-        for name in ("qcfs_epochs", "qcfs_lr", "qcfs_warmup", "leak", "membrane", "distill_features"):
+        for name in ("qcfs_epochs", "qcfs_lr", "qcfs_warmup", "leak", "membrane", "reset", "distill_features"):
             if spiking and getattr(self, name) is not None:
                 raise click.UsageError(f"{_flag(name)} is for an ANN; the network spikes already. Leave it out.")
         batches = replace(batches, batch_size=self.batch_size or batches.batch_size)
@@ -196,13 +205,14 @@ class Wishes:
     def _stages(self, spiking: bool, batches: int, seed: int) -> tuple[Strategy, Schedule]:
         epochs = self.epochs or 10
         name = self.strategy or ("stbp" if spiking else "hybrid")
-        last: STBP | TimeSliced = STBP()
+        neuron = LMH(reset=self._reset)
+        last: STBP | TimeSliced = STBP(neuron)
         if self.slice_steps is not None:
-            last = TimeSliced(self.slice_steps, OncePerBatch() if self.accumulate else EverySlice())
+            last = TimeSliced(self.slice_steps, OncePerBatch() if self.accumulate else EverySlice(), neuron)
         plain = Schedule(epochs=epochs, seed=seed)
         match name:
             case "progressive":
-                return Progressive(self._neuron()), self._wished(plain, last=True)
+                return Progressive(self._progressive()), self._wished(plain, last=True)
             case "sltt":
                 return SLTT(), self._wished(plain, last=True)
             case "hybrid" if not spiking:
@@ -216,16 +226,21 @@ class Wishes:
                     return Hybrid(qcfs, last), self._wished(gentle(epochs - first, batches, seed), last=True)
         return last, self._wished(plain, last=True)
 
-    def _neuron(self) -> LMH:
-        start = LIF(0.5 if self.leak is None else self.leak)
+    @property
+    def _reset(self) -> Reset | None:
+        return None if self.reset is None else RESETS[self.reset]
+
+    def _progressive(self) -> LMH:
+        """The neurons of progressive training."""
+        plain = LMH(LIF(0.5 if self.leak is None else self.leak), reset=self._reset)
         match self.membrane:
             case "channel":
-                return LMH(start, PerChannel())
+                return replace(plain, granularity=PerChannel())
             case "step":
-                return LMH(start, PerStep())
+                return replace(plain, granularity=PerStep())
             case "wider":
-                return LMH(start, ranges=WIDER)
-        return LMH(start)
+                return replace(plain, ranges=WIDER)
+        return plain
 
     def _wished(self, schedule: Schedule, *, last: bool) -> Schedule:
         """Put what was asked for into a stage's schedule; TET and --lr are the spiking network's alone."""
@@ -274,7 +289,7 @@ def qcfs_epochs(epochs: int) -> int:
 
 def gentle(epochs: int, batches: int, seed: int) -> Schedule:
     """Return a schedule for a network that is trained already: a small rate, reached slowly."""
-    return Schedule(epochs=epochs, lr=0.01, seed=seed, warmup_steps=min(LONGEST_WARMUP, epochs * batches // 5))
+    return Schedule(epochs=epochs, lr=0.02, seed=seed, warmup_steps=min(LONGEST_WARMUP, epochs * batches // 5))
 
 
 def _flag(name: str) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..calibrate import FROM_QCFS, Correction, MinError, Reconstruction, calibrate, changes
-from ..convert import Conversion, EventFrames, Recipe, assemble, refine
+from ..calibrate import Correction, MinError, Reconstruction, calibrate, changes
+from ..convert import Conversion, EventFrames, Recipe, assemble, convert, refine
 from ..convert.pipeline import single_frames
 from ..convert.refine import replayed
+from ..errors import ArgumentError
 from ..qcfs import QCFS
-from ..records import Calibration, Prepared
+from ..records import FROM_QCFS, Calibration, Prepared
 from ..structures import input_count
 from .batches import MeanOverFrames
 
@@ -52,6 +53,40 @@ def qcfs_network(prepared: Prepared, calibration: Calibration, timesteps: int) -
     for path in prepared.spiking:
         network.set_submodule(path, QCFS(timesteps, calibration.v_threshold[path]).to(device))
     return network.eval()
+
+
+def start_from_relu(model: nn.Module, ann: nn.Module, images: Tensor) -> None:
+    """Give an architecture with QCFS the weights of a trained ReLU network, and the θ that MinError finds for it.
+
+    Args:
+        model: has QCFS where ``ann`` has an activation, under the same paths; changed in place.
+        ann: in eval mode.
+        images: training images as ``ann`` takes them, [N, *F].
+
+    Raises:
+        ArgumentError: if ``model`` has no QCFS, or other layers than ``ann``.
+
+    >>> relu = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    >>> qcfs = nn.Sequential(nn.Linear(4, 8), QCFS(16, channels=8), nn.Linear(8, 2)).eval()
+    >>> x = torch.rand(64, 4)
+    >>> start_from_relu(qcfs, relu, x)
+    >>> bool((qcfs(x) - relu(x)).abs().max() < 0.1)
+    True
+    """
+    levels = next((module.levels for module in model.modules() if isinstance(module, QCFS)), None)
+    if levels is None:
+        raise ArgumentError(
+            f"{type(model).__name__}: has no QCFS activation, so it cannot start from a ReLU network's thresholds; "
+            "expected one with QCFS. Leave ann out of the recipe, or name such an architecture."
+        )
+    found = convert(ann, levels, data=images, calibration=MinError())
+    try:
+        model.load_state_dict(qcfs_network(found.prepared, found.calibration, levels).state_dict())
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"{type(model).__name__}: the weights of this {type(ann).__name__} do not fit ({error}); expected the same "
+            "layers with ReLU in the place of QCFS. Name another ann."
+        ) from error
 
 
 def over_frames(network: nn.Module, recipe: Recipe) -> nn.Module:

@@ -19,11 +19,12 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import check_kind, split_batch
-from ..calibrate import FROM_QCFS, USUAL_CORRECTIONS, Correction, Reconstruction, changes
+from ..calibrate import USUAL_CORRECTIONS, Correction, Reconstruction, changes
 from ..calibrate.correct import own_copy
 from ..convert import Conversion, refine
 from ..convert.refine import replayed
 from ..errors import ArgumentError
+from ..records import FROM_QCFS
 from ..structures import input_count
 from .batch_norm import FrozenBatchNorm
 from .batches import EpochBatches, Feed, check_training_data

@@ -14,6 +14,7 @@ from ..artifact import is_there, read_snn, user_path, write_atomically
 from ..calibrate import MinError
 from ..errors import ArgumentError, ArtifactError
 from ..records import frozen_value, plain_value
+from ..resets import AttachedReset, DetachedReset
 from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges
 from ..surrogates import Arctan, Dspike, Rectangle, Sigmoid, Triangle
 from ..zoo.augmentation import (
@@ -113,6 +114,7 @@ TYPES: dict[str, type] = {
         CrossEntropy, TET, Distillation, Mixup, CutMix, Float32, BFloat16, KeepAll, Recompute,
         LiveBatchNorm, FrozenBatchNorm, SyncedBatchNorm, EMA, EarlyStopping, MinError,
         LMH, IF, LIF, PerLayer, PerChannel, PerStep, Ranges, Triangle, Rectangle, Sigmoid, Arctan, Dspike,
+        DetachedReset, AttachedReset,
         CropFlip, Cutout, AutoAugment, ForCIFAR10, ForImageNet, ForSVHN, InTurn,
         OneOf, Roll, Rotate,
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
+from ..layers import fused_layers
 from ..spiking import SpikingSite
 from ..structures import only_tensor
 from ..time_axis import Readout, TimeAxis, Timed, call, carry_state
@@ -102,7 +103,8 @@ class Stepper:
         per_step = self.schedule.loss.per_step
         inputs = tuple(stored_input(x, self.schedule.precision) for x in work.inputs)
         watched = self.sources if work.features is not None else {}
-        with self.schedule.memory.forward(), self.schedule.precision.autocast(self.device), noted(watched) as features:
+        precision = self.schedule.precision.autocast(self.device)
+        with self.schedule.memory.forward(), precision, fused_layers(self.model), noted(watched) as features:
             if self.time is None:
                 returned = self.model(*inputs)
             else:

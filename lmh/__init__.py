@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from .evaluation import evaluate
     from .footprint import Fit
     from .kernels import Kernel, use_kernel
+    from .layers import fused_layers
     from .qcfs import QCFS
     from .readout import DelayedReadout, MeanReadout, WeightedReadout
     from .recomputed import recompute
+    from .resets import AttachedReset, DetachedReset
     from .spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, kernels_used, sites
     from .streaming import early_exit, exit_curve, streamed
     from .time_axis import carry_state, per_step, prefixes
@@ -37,7 +39,9 @@ _HOMES = {
     ),
     **dict.fromkeys(("DelayedReadout", "MeanReadout", "WeightedReadout"), "readout"),
     **dict.fromkeys(("Kernel", "use_kernel"), "kernels"),
+    "fused_layers": "layers",
     "recompute": "recomputed",
+    **dict.fromkeys(("AttachedReset", "DetachedReset"), "resets"),
     **dict.fromkeys(("early_exit", "exit_curve", "streamed"), "streaming"),
     **dict.fromkeys(("carry_state", "per_step", "prefixes"), "time_axis"),
 }
@@ -47,7 +51,9 @@ __all__ = [
     "LIF",
     "LMH",
     "QCFS",
+    "AttachedReset",
     "DelayedReadout",
+    "DetachedReset",
     "Fit",
     "Kernel",
     "LMHError",
@@ -62,6 +68,7 @@ __all__ = [
     "early_exit",
     "evaluate",
     "exit_curve",
+    "fused_layers",
     "kernels_used",
     "per_step",
     "prefixes",

@@ -2,7 +2,8 @@
 
 The equations are those of :func:`lmh.neurons.lmh_step`, bit for bit: products with 1 and sums with 0, of which IF and
 LIF are full, are left out. Without gradients nothing is kept but the state, so all T steps are one pass over the
-current; it is compiled where that is worth it (lmh/kernels.py).
+current; it is compiled where that is worth it (lmh/kernels.py). That pass can add a second current to the first; a sum
+of 16 bits is then not rounded.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class FrozenJob:
         numbers: the names of the coefficients that are 0 or 1 everywhere, and which.
         state: whether v_D[0] and v_S[0] are given; else they are 0.
         keep: whether the last state is wanted.
+        summed: a second current is added to the first.
     """
 
     steps: int
@@ -48,6 +50,7 @@ class FrozenJob:
     numbers: tuple[tuple[str, float], ...]
     state: tuple[bool, bool]
     keep: bool
+    summed: bool = False
 
 
 def frozen_pass(job: FrozenJob, form: object, currents: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -57,26 +60,31 @@ def frozen_pass(job: FrozenJob, form: object, currents: Tensor, *tensors: Tensor
         job: what is run.
         form: what tensors of another one would be compiled for anew; else without a meaning.
         currents: I, [T, *S], or [*S] where static, for any shape S of the neurons.
-        tensors: of v_D[0] and v_S[0] what is given, and of θ, λ_S, λ_D, μ_S, μ_D what is no number; each broadcast
-            against S, behind a first axis of T if per step (but the state).
+        tensors: if summed, the second current, of the shape of the first; of v_D[0] and v_S[0] what is given, and of θ,
+            λ_S, λ_D, μ_S, μ_D what is no number; each of these broadcast against S, behind a first axis of T if per
+            step (but the state).
 
     Returns:
         θ s or s, the steps one behind the other along the first axis of S, in the dtype of the current or uint8; v_D[T]
         and v_S[T] if they are kept.
     """
     left = iter(tensors)
+    added = [next(left)] if job.summed else []
+    steps = [(now,) * job.steps if job.static else now.unbind(0) for now in (currents, *added)]
     dendrite, soma = (next(left) if given else None for given in job.state)
     numbers = dict(job.numbers)
     given = {name: next(left) for name in NAMES if name not in numbers}
     dtype = given["v_threshold"].dtype
     outputs = []
-    for t, step in enumerate((currents,) * job.steps if job.static else currents.unbind(0)):
+    for t, parts in enumerate(zip(*steps, strict=True)):
         now: dict[str, Tensor | float] = {
             **numbers,
             **{name: value[t] if job.per_step else value for name, value in given.items()},
         }
         theta = now["v_threshold"]
-        dendrite = _sum([_product(now["mu_d"], dendrite), _product(now["mu_s"], soma), step.to(dtype)])
+        dendrite = _sum(
+            [_product(now["mu_d"], dendrite), _product(now["mu_s"], soma), _sum([part.to(dtype) for part in parts])]
+        )
         membrane = _sum([_product(now["lambda_s"], soma), _product(now["lambda_d"], dendrite)])
         spikes = (membrane >= theta).to(dtype)
         output = spikes * theta
@@ -135,11 +143,12 @@ class FrozenSite(SpikingSite):
         """Return λ_S, λ_D, μ_S and μ_D, each of shape [], [C] or [T]."""
         return tuple(getattr(self, name) for name in COEFFICIENTS)
 
-    def forward(self, current: Tensor) -> Tensor:
+    def forward(self, current: Tensor, other: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Run the neurons over the steps of this call, as :meth:`SpikingSite.forward`, without gradients.
 
         Args:
             current: [T·N, *F], or [N, *F] where the site is static; in the unit of θ.
+            other: what is to be added to it, such as a block's shortcut.
 
         Returns:
             θ s or s, [T·N, *F], of the current's dtype or uint8. The state is float32 for 16-bit currents.
@@ -147,10 +156,15 @@ class FrozenSite(SpikingSite):
         Raises:
             StateError: as :meth:`SpikingSite.forward`.
         """
+        alike = isinstance(other, Tensor) and (other.shape, other.dtype) == (current.shape, current.dtype)
+        if other is not None and not alike:
+            current, other = current + other, None
         steps = self.time.steps
+        kernel = choose(current, steps=steps, training=True, worth=WORTH_COMPILING)
+        if other is not None and kernel is not Kernel.COMPILED:
+            current, other = current + other, None
         dtype = state_dtype(current)
         start, begun = self._start(current, dtype)
-        kernel = choose(current, steps=steps, training=True, worth=WORTH_COMPILING)
         rests = self._carried is None
         state = (not rests, not (rests and self.silent))
         job = FrozenJob(
@@ -162,13 +176,14 @@ class FrozenSite(SpikingSite):
             self.numbers,
             state=state,
             keep=self.time.carry,
+            summed=other is not None,
         )
         tensors = [potential for potential, given in zip(start, state, strict=True) if given]
         values = self._values(dtype, begun, steps)._asdict()
         tensors += [values[name] for name in NAMES if name not in dict(self.numbers)]
         first = [0] * sum(state) + [int(self._per_step)] * (len(tensors) - sum(state))
         if kernel is Kernel.COMPILED:
-            output, *last = self._compiled(job, current, tensors, first)
+            output, *last = self._compiled(job, current, other, tensors, first)
             kernel = Kernel.COMPILED if compiles(job) else Kernel.FUSED
         else:
             currents = current if self.static else self.unfold(current)
@@ -183,7 +198,9 @@ class FrozenSite(SpikingSite):
     def _per_step(self) -> bool:
         return isinstance(self.neuron.granularity, PerStep)
 
-    def _compiled(self, job: FrozenJob, current: Tensor, tensors: list[Tensor], first: list[int]) -> list[Tensor]:
+    def _compiled(
+        self, job: FrozenJob, current: Tensor, other: Tensor | None, tensors: list[Tensor], first: list[int]
+    ) -> list[Tensor]:
         """Run the compiled pass over rows and columns."""
         order = Order.of(current, len(current) if self.static else len(current) // job.steps)
         lead = () if self.static else (job.steps,)
@@ -192,7 +209,8 @@ class FrozenSite(SpikingSite):
             for tensor, axes in zip(tensors, first, strict=True)
         ]
         form = current.dtype, order.channel_a_row, order.rows == 1, order.columns == 1
-        output, *last = program(frozen_pass, job, form)(order.flatten(current, *lead), *flat)
+        currents = [order.flatten(each, *lead) for each in (current, other) if each is not None]
+        output, *last = program(frozen_pass, job, form)(*currents, *flat)
         return [order.restore(output, job.steps), *map(order.restore, last)]
 
 

@@ -1,7 +1,7 @@
 """Which program runs the neurons of a site: chosen from the size of the work and the machine, and always visible.
 
     EAGER      lmh_step, step by step, under autograd
-    FUSED      one autograd function over all steps, which keeps only its input current (lmh/fused.py)
+    FUSED      one autograd function over all steps, which keeps only what it was given (lmh/fused.py)
     COMPILED   the same function, its forward and its backward pass each compiled by torch.compile
 
 Without gradients the neurons run by EAGER. With gradients, and in a deployed network (lmh/frozen.py), they run by
@@ -19,7 +19,7 @@ import functools
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from enum import Enum
 from typing import Any
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError
 
-WORTH_COMPILING = 2**20
+WORTH_COMPILING = 2**19
 MOST_COMPILED_STEPS = 16
 
 
@@ -89,6 +89,14 @@ def choose(current: Tensor, *, steps: int, training: bool, worth: int = WORTH_CO
     if plain and can_compile(current.device.type) and (large if asked is None else asked is Kernel.COMPILED):
         return Kernel.COMPILED
     return Kernel.EAGER if asked is Kernel.EAGER else Kernel.FUSED
+
+
+@contextmanager
+def plainly(device: str) -> Iterator[None]:
+    """Leave autograd and autocast out of this block: a pass needs neither, and would be compiled anew for each."""
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.no_grad(), torch.autocast(device, enabled=False) if cast else nullcontext():
+        yield
 
 
 @functools.cache

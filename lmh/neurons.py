@@ -8,19 +8,20 @@ Per layer and step t, with input current I[t]:
     v_S[t] = m_S[t] − θ s[t]                           soft reset
     output = θ s[t]
 
-The equations, the detached soft reset and both presets are the paper's. The learnable θ, the surrogate
-scaled by θ and the range of λ_S are ours (docs/design.md).
+The equations and both presets are the paper's. The learnable θ, the surrogate scaled by θ and the range of λ_S are ours
+(docs/design.md).
 
 The adjoint runs the same steps backwards. Write x̄ for ∂L/∂x, g[t] for the gradient of the output, u = (m_S − θ)/θ and
-σ for the surrogate's ds/du at u. As no gradient passes the reset, ∂v_S[t]/∂m_S[t] = 1, and
+σ for the surrogate's ds/du at u. Let ḡ[t] = g[t], as no gradient passes the paper's reset, or g[t] − v̄_S[t] where one
+does (lmh/resets.py). Then
 
-    m̄_S[t]   = σ[t] g[t] + v̄_S[t]
+    m̄_S[t]   = σ[t] ḡ[t] + v̄_S[t]
     v̄_D[t]   = λ_D m̄_S[t] + μ_D v̄_D[t+1]
     v̄_S[t-1] = λ_S m̄_S[t] + μ_S v̄_D[t]
     Ī[t]     = v̄_D[t]
     λ̄_S = Σ m̄_S[t] v_S[t-1]     μ̄_S = Σ v̄_D[t] v_S[t-1]
     λ̄_D = Σ m̄_S[t] v_D[t]       μ̄_D = Σ v̄_D[t] v_D[t-1]
-    θ̄   = Σ g[t] (s[t] − σ[t] m_S[t]/θ)
+    θ̄   = Σ ḡ[t] (s[t] − σ[t] m_S[t]/θ)
 
 from v̄_S[T] = v̄_D[T+1] = 0 on, with m_S/θ = u + 1. The sums run over t and over everything that shares a coefficient.
 """
@@ -33,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .resets import Reset
 from .surrogates import Surrogate
 
 
@@ -123,7 +125,13 @@ def fire(soma: Tensor, v_threshold: Tensor, surrogate: Surrogate) -> Tensor:
     return spikes(soma, v_threshold) * v_threshold
 
 
-def lmh_step(current: Tensor, state: State, coefficients: Coefficients, surrogate: Surrogate) -> tuple[Tensor, State]:
+def lmh_step(
+    current: Tensor,
+    state: State,
+    coefficients: Coefficients,
+    surrogate: Surrogate,
+    reset: Reset,
+) -> tuple[Tensor, State]:
     """One step of the LM-H neuron, the equations at the top of this module.
 
     Args:
@@ -131,19 +139,21 @@ def lmh_step(current: Tensor, state: State, coefficients: Coefficients, surrogat
         state: v_D[t-1] and v_S[t-1], shape [N, *F].
         coefficients: θ, λ, μ of this step, broadcast against ``current``.
         surrogate: ds/du for the backward pass.
+        reset: whether that passes the reset.
 
     Returns:
         θ s[t], shape [N, *F] in the unit of the current, and the state at t.
 
+    >>> from lmh.resets import DetachedReset
     >>> from lmh.surrogates import Triangle
     >>> one, zero = torch.tensor(1.0), torch.tensor(0.0)
     >>> start = State(torch.zeros(1), torch.tensor([0.5]))
-    >>> lmh_step(torch.tensor([0.75]), start, Coefficients(one, one, one, zero, zero), Triangle())
+    >>> lmh_step(torch.tensor([0.75]), start, Coefficients(one, one, one, zero, zero), Triangle(), DetachedReset())
     (tensor([1.]), State(v_dendrite=tensor([0.7500]), v_soma=tensor([0.2500])))
     """
     v_dendrite, soma = charge(current, state, coefficients)
     output = fire(soma, coefficients.v_threshold, surrogate)
-    return output, State(v_dendrite, soma - output.detach())
+    return output, State(v_dendrite, soma - reset.taken_off(output))
 
 
 class Moment(NamedTuple):
@@ -170,7 +180,12 @@ class StepGradients(NamedTuple):
 
 
 def lmh_step_adjoint(
-    grad_output: Tensor, after: State, moment: Moment, coefficients: Coefficients, surrogate: Surrogate
+    grad_output: Tensor,
+    after: State,
+    moment: Moment,
+    coefficients: Coefficients,
+    surrogate: Surrogate,
+    reset: Reset,
 ) -> StepGradients:
     """The adjoint of :func:`lmh_step`, the second set of equations at the top of this module.
 
@@ -180,20 +195,24 @@ def lmh_step_adjoint(
         moment: the run at step t.
         coefficients: θ, λ, μ of this step.
         surrogate: ds/du.
+        reset: whether that passes the reset.
 
     Returns:
         The gradients of the current, of the state at t−1, and of the coefficients.
 
+    >>> from lmh.resets import DetachedReset
     >>> from lmh.surrogates import Triangle
     >>> one, zero = torch.tensor(1.0), torch.tensor(0.0)
     >>> moment = Moment(State(zero, torch.tensor(0.5)), torch.tensor([0.75]), torch.tensor([1.25]))
     >>> values = Coefficients(one, one, one, zero, zero)
-    >>> lmh_step_adjoint(torch.tensor([2.0]), State(zero, zero), moment, values, Triangle()).current
-    tensor([1.5000])
+    >>> after = State(zero, torch.tensor([1.0]))
+    >>> lmh_step_adjoint(torch.tensor([2.0]), after, moment, values, Triangle(), DetachedReset()).current
+    tensor([2.5000])
     """
     theta, lambda_s, lambda_d, mu_s, mu_d = coefficients
     before, v_dendrite, soma = moment
     u = over_threshold(soma, theta)
+    grad_output = reset.to_output(grad_output, after.v_soma)
     by_spike = surrogate(u) * grad_output
     soma_bar = by_spike + after.v_soma
     dendrite_bar = lambda_d * soma_bar + after.v_dendrite
@@ -213,6 +232,7 @@ def lmh_run(
     state: State,
     coefficients: Callable[[int], Coefficients],
     surrogate: Surrogate,
+    reset: Reset,
 ) -> tuple[Tensor, State]:
     """Run ``steps`` steps of :func:`lmh_step`.
 
@@ -222,12 +242,13 @@ def lmh_run(
         state: the state before the first step.
         coefficients: gives θ, λ, μ of step k.
         surrogate: ds/du for the backward pass.
+        reset: whether that passes the reset.
 
     Returns:
         θ s, time-major and folded, shape [steps·N, *F], and the state after the last step.
     """
     outputs = []
     for k in range(steps):
-        output, state = lmh_step(current(k), state, coefficients(k), surrogate)
+        output, state = lmh_step(current(k), state, coefficients(k), surrogate, reset)
         outputs.append(output)
     return torch.cat(outputs), state

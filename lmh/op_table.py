@@ -190,6 +190,8 @@ VIEWS: set[Any] = {
     *DROPOUT_FUNCTIONS,
 }  # fmt: skip
 
+ADDITIONS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
 OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,

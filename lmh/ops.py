@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from .op_table import (
     ACTIVATION_SPELLINGS,
     ADAPTIVE_MAXPOOL_FUNCTIONS,
+    ADDITIONS,
     CLAMPS,
     CONTRACTIONS,
     FUNCTION_KINDS,
@@ -28,6 +29,7 @@ from .op_table import (
     METHOD_KINDS,
     MODULE_KINDS,
     MOVING_ATTRIBUTES,
+    OUT_OF_PLACE,
     PRODUCTS,
     QUOTIENTS,
     SIZE_ATTRIBUTES,
@@ -45,6 +47,19 @@ def module_of(node: fx.Node) -> nn.Module | None:
     if node.op != "call_module":
         return None
     return node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
+
+
+def plain_sum(node: fx.Node) -> bool:
+    """Whether a node adds two others that are not the same, changes neither of them, and does nothing else.
+
+    >>> graph = fx.Graph()
+    >>> x, y = graph.placeholder("x"), graph.placeholder("y")
+    >>> [plain_sum(graph.call_function(torch.add, (x, y), keywords)) for keywords in ({}, {"alpha": 2})]
+    [True, False]
+    """
+    adds = node.op in ("call_function", "call_method") and node.target in ADDITIONS and node.target not in OUT_OF_PLACE
+    sides = {side for side in node.args if isinstance(side, fx.Node)}
+    return adds and len(node.args) == len(sides) == 2 and not node.kwargs
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

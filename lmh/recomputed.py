@@ -1,7 +1,8 @@
 """What the backward pass computes again instead of keeping it.
 
 A layer of a spiking network is a convolution, BatchNorm, often a residual sum, and neurons. Autograd keeps three
-tensors [T·N, C, *F] of it: BatchNorm's input, the neurons' current and their output. Only the first is needed.
+tensors [T·N, C, *F] of it: BatchNorm's input, the neurons' current and their output. Only the first is needed. (Inside
+:func:`lmh.layers.fused_layers` neurons that are compiled keep no current of their own; what is left is the output.)
 
 - The current is BatchNorm's output, or a residual sum. :func:`source_of` finds that in autograd's graph, and the
   backward pass of the neurons normalises once more, by the mean and variance that BatchNorm keeps: a tenth of its cost.

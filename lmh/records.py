@@ -80,12 +80,16 @@ class Prepared:
         return [path for path, decision in self.activations.items() if isinstance(decision, Spike)]
 
 
+FROM_QCFS = "taken over from QCFS"
+"""The policy of thresholds that a QCFS network learned."""
+
+
 @dataclass(frozen=True, repr=False)
 class Calibration:
     """Where the neurons of a network start.
 
     Attributes:
-        policy: what found the thresholds, as text.
+        policy: what found the thresholds, as text, or :data:`FROM_QCFS`.
         timesteps: the T that they were found for.
         samples: how many samples were seen; 0 where none were needed.
         v_threshold: θ₀ by path, shape [] or [C], in the unit of the site's current.

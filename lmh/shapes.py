@@ -1,21 +1,65 @@
-"""Shapes of every node of a graph, without computing: fake tensors with two batch sizes show where N goes."""
+"""Shapes of every node of a graph, without computing: two batch sizes on the meta device show where N goes.
+
+torch's FakeTensorMode does the same and keeps devices apart as well, but takes longer, and conversion is made of this.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from .errors import ArgumentError
 from .ops import label
 from .structures import each_shape, example_tensor, leaves_of, tensors_of
 
 BATCHES = (2, 3)
+_META = torch.device("meta")
+
+
+class _OnMeta(TorchFunctionMode):
+    """Functions run on the meta device if one of their tensors is there; the others join it, and nothing is changed.
+
+    What comes of parameters and constants alone is computed, as a network may read it.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(tensors_of((args, kwargs)))
+        if any(tensor.is_meta for tensor in tensors):
+            args, kwargs = tree_map(_moved, (args, kwargs))
+            if func in (Tensor.cpu, Tensor.cuda):
+                return args[0]
+            if func is Tensor.to:
+                args = (args[0], *(_META if isinstance(value, str) else value for value in args[1:]))
+                if "device" in kwargs:
+                    kwargs = {**kwargs, "device": _META}
+            if func is Tensor.view and not kwargs and not isinstance(args[1], torch.dtype):
+                func = Tensor.reshape  # convolutions keep channels_last, but not here
+        elif tensors and _in_place(func):
+            args, kwargs = tree_map(_copied, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _moved(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value if value.is_meta else value.to(_META)
+    return _META if isinstance(value, torch.device) else value
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
 
 
 class _Recorder(fx.Interpreter):
@@ -46,7 +90,7 @@ class _Recorder(fx.Interpreter):
 
 
 def node_values(model: fx.GraphModule, input_shape: Sequence[Any]) -> dict[fx.Node, Any]:
-    """Return the value of every node as fake tensors (shape, dtype, no data) and plain numbers.
+    """Return the value of every node as tensors on the meta device (shape, dtype, no data) and plain numbers.
 
     Args:
         model: a traced network.
@@ -56,24 +100,10 @@ def node_values(model: fx.GraphModule, input_shape: Sequence[Any]) -> dict[fx.No
         ArgumentError: if the input does not fit, with the node where it showed.
     """
     recorder = _Recorder(model)
-    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with torch.no_grad(), _OnMeta():
         parameter = example_tensor(model)
-        recorder.run(
-            *(torch.empty(shape, dtype=parameter.dtype, device=parameter.device) for shape in each_shape(input_shape))
-        )
+        recorder.run(*(torch.empty(shape, dtype=parameter.dtype, device=_META) for shape in each_shape(input_shape)))
     return recorder.values
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging a failure, with its traceback, that is raised as well."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def batch_use(pair: tuple[Any, Any]) -> str:

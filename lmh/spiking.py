@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from .batch_norm import PendingCurrent
 from .errors import ArgumentError, StateError
-from .fused import Job, run_neurons
+from .fused import run_neurons
 from .kernels import Kernel, choose
 from .neurons import Coefficients, State
+from .passes import Job
 from .qcfs import positive
+from .resets import AttachedReset, DetachedReset, Reset
 from .surrogates import Surrogate, Triangle
 from .time_axis import TimeAxis, Timed
 
@@ -70,12 +73,15 @@ class LMH:
         granularity: of the raw values of λ, μ (and of θ, where it is the finer of the two).
         ranges: what λ and μ can reach.
         surrogate: ds/du of the backward pass.
+        reset: whether a gradient passes the reset; unless given ``AttachedReset()`` from an IF start, which conserves
+            charge, and the paper's ``DetachedReset()`` from a LIF start.
     """
 
     preset: IF | LIF = field(default_factory=IF)
     granularity: PerLayer | PerChannel | PerStep = field(default_factory=PerLayer)
     ranges: Ranges = field(default_factory=Ranges)
     surrogate: Surrogate = field(default_factory=Triangle)
+    reset: Reset | None = None
 
     def __post_init__(self) -> None:
         for name in COEFFICIENTS:
@@ -85,6 +91,11 @@ class LMH:
                     f"LMH: the preset's {name} is {preset}; expected it inside ({low}, {high}). "
                     "Widen it with ranges=Ranges(...)."
                 )
+
+    @property
+    def backward_reset(self) -> Reset:
+        """Return the reset of the backward pass: the given one, or what suits the preset."""
+        return self.reset or (AttachedReset() if isinstance(self.preset, IF) else DetachedReset())
 
 
 COEFFICIENTS = ("lambda_s", "lambda_d", "mu_s", "mu_d")
@@ -127,7 +138,7 @@ class SpikingSite(Timed):
         time: the network's time axis.
         v_threshold: θ₀, shape [] or [C], in the unit of the current.
         v_init: v_S[0] as a fraction of θ, shape [] or [C].
-        neuron: preset, granularity, ranges, surrogate.
+        neuron: preset, granularity, ranges, surrogate, reset.
         channels: C, needed by ``PerChannel()``.
         static: the current does not depend on time: it comes as [N, *F] and is taken T times.
 
@@ -197,11 +208,12 @@ class SpikingSite(Timed):
         raw = torch.stack([getattr(self, f"raw_{name}") for name in COEFFICIENTS])
         return bounded(raw, self.limits).unbind()
 
-    def forward(self, current: Tensor) -> Tensor:
+    def forward(self, current: Tensor | PendingCurrent) -> Tensor:
         """Run the neurons over the steps of this call.
 
         Args:
-            current: [T·N, *F], or [N, *F] where the site is static; in the unit of θ.
+            current: [T·N, *F], or [N, *F] where the site is static; in the unit of θ. Inside
+                :func:`lmh.fused_layers` it may come uncomputed.
 
         Returns:
             θ s, [T·N, *F], of the current's dtype. The state is float32 for 16-bit currents.
@@ -210,13 +222,15 @@ class SpikingSite(Timed):
             StateError: if the carried state is of another shape, or per-step parameters end before t.
         """
         steps = self.time.steps
-        dtype = state_dtype(current)
-        state, begun = self._start(current, dtype)
+        like = current.x if isinstance(current, PendingCurrent) else current
+        dtype = state_dtype(like)
+        state, begun = self._start(like, dtype)
         values = self._values(dtype, begun, steps)
         tensors = (current, *state, *values)
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        kernel = choose(current, steps=steps, training=training)
-        job = Job(steps, self.neuron.surrogate, self.static, isinstance(self.neuron.granularity, PerStep))
+        kernel = choose(like, steps=steps, training=training)
+        per_step = isinstance(self.neuron.granularity, PerStep)
+        job = Job(steps, self.neuron.surrogate, self.neuron.backward_reset, self.static, per_step)
         ran = run_neurons(job, current, state, values, kernel=kernel, keep=self.time.carry)
         if not torch.compiler.is_compiling():
             self.kernel = ran.kernel

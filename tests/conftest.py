@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 import nets
-from lmh import zoo
+from lmh import kernels, zoo
 from lmh.convert import Conversion, convert
 from lmh.zoo import Batches, DataSet, cache
 from served import DATA
 from unruly_server import Server, unruly_server
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # programs that a test starts: the cores belong to pytest's own processes
 os.environ["LMH_HOME"] = str(Path(tempfile.gettempdir()) / f"lmh-tests-{os.getpid()}")  # not the user's own models
 
 
@@ -53,6 +54,12 @@ def digits_test(digits: DataSet) -> Batches:
 def digits_calibration(digits: DataSet) -> Batches:
     order = zoo.seeded_order(digits.train, 0)
     return Batches(digits.train, zoo.card("digits-cnn").preprocessing, indices=order[:256])
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a C++ compiler: for tests of other things, which would compile longer than they run."""
+    monkeypatch.setattr(kernels, "can_compile", lambda device: False)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ PARAMETERS = [
     ("cifar10-resnet44-a", 10, 658_586, (0.66, 2)),  # He
     ("cifar10-resnet56-a", 10, 853_018, (0.85, 2)),  # He
     ("cifar10-resnet20", 10, 272_474, (0.27, 2)),  # He, and two projections: 16·32 + 2·32 + 32·64 + 2·64
+    ("cifar10-resnet20-qcfs4", 10, 273_162, None),  # computed: and 688 θ, one for each channel of the 19 activations
     ("cifar10-resnet18", 100, 11_220_132, (11.2, 1)),  # W: resnet18 11.2M
     ("cifar10-resnet19", 10, 12_630_858, (12.63, 2)),  # Spikformer: ResNet-19 of tdBN and TET, 12.63M
     ("cifar10-resnet19-wide", 10, 14_664_074, None),  # computed
@@ -98,11 +99,24 @@ def test_every_architecture_of_the_zoo_converts_to_spikes_and_to_qcfs(name: str)
     snn = conversion.snn
     assert snn(x).shape == (2, card.num_classes)
     assert snn(x).isfinite().all()
-    relus = sum(isinstance(module, nn.ReLU) for module in ann.modules())
-    assert len(sites(snn)) == relus
+    activations = sum(isinstance(module, (nn.ReLU, QCFS)) for module in ann.modules())
+    assert len(sites(snn)) == activations
     quantised = qcfs_network(conversion.prepared, conversion.calibration, 2)
-    assert sum(isinstance(module, QCFS) for module in quantised.modules()) == relus
+    assert sum(isinstance(module, QCFS) for module in quantised.modules()) == activations
     assert quantised(x).shape == (2, card.num_classes)
+
+
+def test_the_thresholds_of_a_qcfs_network_become_its_neurons() -> None:
+    ann = zoo.card("cifar10-resnet20-qcfs4").build().eval()
+    assert not any(isinstance(module, nn.ReLU) for module in ann.modules())
+    learned = [module for module in ann.modules() if isinstance(module, QCFS)]
+    with torch.no_grad():
+        for layer in learned:
+            layer.raw_threshold.normal_()
+    snn = convert(ann, 4, example_input=torch.zeros(1, 3, 16, 16)).snn
+    for layer, site in zip(learned, sites(snn).values(), strict=True):
+        assert torch.allclose(site.v_threshold, layer.v_threshold)
+        assert layer.v_threshold.shape == (layer.raw_threshold.numel(),)
 
 
 @pytest.mark.parametrize("name", ["cifar10dvs-vgg", "cifar10dvs-resnet19"])

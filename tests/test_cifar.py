@@ -1,17 +1,20 @@
-"""The third-party ResNet-20 on real CIFAR-10 images, where the data lies beside the project."""
+"""The third-party ResNet-20 and those of the zoo on real CIFAR-10 images, where the data lies beside the project."""
 
 from __future__ import annotations
 
 import io
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from commands import succeed
+from lmh import zoo
 
 TRAIN, TEST = 256, 128
 
@@ -51,6 +54,32 @@ def test_a_third_partys_network_converts_as_it_is(data_folder: Path, cifar: Path
     assert four["ann_accuracy"] > 0.88
     assert 0.3 < four["snn_accuracy"][-1] < sixteen["snn_accuracy"][-1]
     assert sixteen["snn_accuracy"][-1] > 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.list_models(data="cifar10"))
+def test_a_model_of_the_zoo_is_as_accurate_as_its_card(name: str, data_folder: Path) -> None:
+    card = zoo.model_card(name)
+    images, labels = unpacked(data_folder, "test", card.samples)
+    assert len(images) == card.samples == 10_000
+    parts = card.preprocessing(torch.from_numpy(images).movedim(-1, 1)).split(500)
+    ann = zoo.load(name)
+    with torch.no_grad():
+        answers = torch.cat([ann(part).argmax(1) for part in parts])
+    right = int((answers == torch.from_numpy(labels)).sum())
+    assert card.ann_accuracy is not None
+    assert abs(right - card.samples * card.ann_accuracy) <= 3  # another CPU rounds otherwise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.list_models(data="cifar10"))
+def test_a_model_of_the_zoo_converts_by_its_name(name: str, cifar: Path) -> None:
+    output = str(cifar.with_name("zoo.safetensors"))
+    result = succeed("convert", f"zoo:{name}", "-T", 8, "--data", f"npz:{cifar}", "--output", output, "--json").result
+    known = zoo.model_card(name).ann_accuracy
+    assert known is not None
+    assert abs(result["ann_accuracy"] - known) < 4 * math.sqrt(known * (1 - known) / TEST)
+    assert result["snn_accuracy"][-1] > 0.7
 
 
 @pytest.mark.slow

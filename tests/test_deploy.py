@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import operator
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,14 @@ def test_a_residual_network_gives_the_same_up_to_rounding() -> None:
     expected = conversion.snn(x)
     assert float(((fast(x) - expected).abs().amax(1) > 1e-4).float().mean()) < 0.02
     assert mean_size(fast(x) - expected) < 1e-3 * mean_size(expected)
+
+
+def test_sums_in_front_of_neurons_are_theirs() -> None:
+    conversion = residual_conversion()
+    before, after = ([node.target for node in snn.graph.nodes] for snn in (conversion.snn, deploy(conversion)))
+    assert before.count(operator.add) > 0
+    assert operator.add not in after
+    assert len(sites(deploy(conversion))) == len(sites(conversion.snn))
 
 
 def test_the_zoo_network_keeps_accuracy_rates_and_work() -> None:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,21 @@ from torch import nn
 from lmh import zoo
 from lmh.cli import lmh, run
 from lmh.convert.cli import convert_command
+from lmh.finetune.recipe import TrainingRecipe
+from lmh.zoo import train_cli
+from lmh.zoo.recipe import Recipe
+from lmh.zoo.train_cli import training_of
+
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 GUIDES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "zoo.md")
 SMALLER = {
     "--budget 10": "--budget 0.1", "--distill 20": "--distill 1", "--finetune 3": "--finetune 1",
-    "--qcfs-epochs 12": "--qcfs-epochs 1", "--epochs 30": "--epochs 2", "--epochs 10": "--epochs 2",
-    "--epochs 5": "--epochs 1", "--loss tet": "--loss tet --epochs 1", "torchrun": "torchrun --standalone",
+    "--qcfs-epochs 12": "--qcfs-epochs 1", "--qcfs-epochs 8": "--qcfs-epochs 1", "--epochs 30": "--epochs 2",
+    "--epochs 10": "--epochs 2", "--epochs 5": "--epochs 1", "--loss tet": "--loss tet --epochs 1",
+    "torchrun": "torchrun --standalone",
 }  # fmt: skip
 IN_TEST_README = ("finetuning.md", "inference.md")
 """Their Python blocks run there, where what comes of them is checked."""
@@ -101,11 +109,17 @@ def test_the_commands_of_a_guide_run(page: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_zoos_commands_on_cifar10_run(folder: Path) -> None:
+def test_the_zoos_commands_on_cifar10_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other commands of zoo.md run in tests/test_readme.py and tests/test_event_training.py."""
+
+    def shorter(recipe: Recipe) -> TrainingRecipe:
+        training = training_of(recipe)
+        return replace(training, schedule=replace(training.schedule, epochs=2))
+
+    monkeypatch.setattr(train_cli, "training_of", shorter)
     lines = [line for block in blocks("console", "zoo.md") for line in block.splitlines() if "npz:" in line]
     *training, publishing = [shlex.split(line.partition("#")[0]) for line in lines]
-    assert [words[:3] for words in training] == [["lmh", "zoo", "train"]] * 2
+    assert [words[:3] for words in training] == [["lmh", "zoo", "train"]] * 3
     for words in training:
         assert run(lmh, words[1:]) == 0, words
     for name, copy in (("cifar10-resnet20", "runs/cifar10-resnet20"), ("cifar10-resnet20-t4", "snn")):

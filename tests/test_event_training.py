@@ -19,6 +19,8 @@ from lmh.finetune import Progressive, Schedule, finetune
 from lmh.spiking import sites
 from lmh.zoo import Batches, FramePreprocessing
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 T = 2
 FEW = ("--calibration-samples", 6, "--json")
 

@@ -16,6 +16,7 @@ from lmh.artifact import read_snn
 from lmh.finetune import (
     EMA,
     SLTT,
+    STBP,
     TET,
     WIDER,
     BFloat16,
@@ -35,6 +36,7 @@ from lmh.finetune import (
 )
 from lmh.finetune.recipe import TrainingRecipe, read_recipe, toml, write_recipe
 from lmh.normalisation import StepScale
+from lmh.resets import AttachedReset, DetachedReset
 from lmh.spiking import LIF, LMH, PerChannel, PerStep
 from lmh.zoo import Batches, CropFlip, Cutout, InTurn
 
@@ -174,6 +176,8 @@ class TestTheOptions:
             (("--strategy", "time-sliced", "--slice", 1), TimeSliced(1, EverySlice())),
             (("--strategy", "time-sliced", "--slice", 1, "--accumulate"), TimeSliced(1, OncePerBatch())),
             (("--strategy", "sltt"), SLTT()),
+            (("--strategy", "stbp", "--reset", "detached"), STBP(LMH(reset=DetachedReset()))),
+            (("--strategy", "progressive", "--reset", "attached"), Progressive(LMH(LIF(), reset=AttachedReset()))),
         ],
         ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
     )  # fmt: skip
@@ -307,6 +311,9 @@ class TestResuming:
         (2, (*ANN, *FAST, "--strategy", "stbp", "--qcfs-warmup", 0), ["--qcfs-warmup goes with --strategy hybrid"]),
         (2, (*ANN, *FAST, "--strategy", "hybrid", "--epochs", 3, "--qcfs-epochs", 3), ["leaves nothing of --epochs 3"]),
         (2, ("zoo:digits-cnn-t4", *FAST, "--strategy", "progressive", "--leak", 0.4), ["--leak is for an ANN"]),
+        (2, (*ANN, *FAST, "--strategy", "sltt", "--reset", "attached"), ["--reset came with slices of one step"]),
+        (2, (*ANN, *FAST, "--strategy", "hybrid", "--slice", 1, "--reset", "attached"), ["slices of one step"]),
+        (2, ("zoo:digits-cnn-t4", *FAST, "--reset", "attached"), ["--reset is for an ANN"]),
         (2, (*ANN, *FAST, "--no-teacher", "--distill", 0.5), ["--no-teacher came with --distill"]),
         (2, (*ANN, *FAST, "--loss", "tet", "--label-smoothing", 0.1), ["--label-smoothing goes with --loss ce"]),
         (2, (*ANN, *FAST, "--recipe", "r.toml", "--lr", 0.1), ["--recipe r.toml decides", "--lr came with it"]),

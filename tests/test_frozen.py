@@ -10,19 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmh import IF, LIF, LMH, Kernel, PerChannel, PerLayer, PerStep, SpikingSite, use_kernel
+from lmh import IF, LIF, LMH, Kernel, PerChannel, PerLayer, PerStep, SpikingSite, frozen, use_kernel
 from lmh.errors import StateError
 from lmh.frozen import FrozenSite
 from lmh.kernels import can_compile
 from lmh.time_axis import TimeAxis
+from tensors import last
 
 T, N, C = 4, 3, 5
 needs_compiler = pytest.mark.skipif(not can_compile("cpu"), reason="torch.compile has no compiler here")
-
-
-def last(x: Tensor) -> Tensor:
-    """Channels last in memory."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def site_of(neuron: LMH, *, static: bool = False, silent: bool = False, moved: bool = True) -> SpikingSite:
@@ -94,6 +90,23 @@ def test_it_gives_what_the_learnable_site_gives(case: str, shape: str, kernel: K
         assert torch.equal(output, expected)
         assert 0.05 < float((expected > 0).float().mean()) < 0.95
         assert torch.equal(spikes, (expected > 0).to(dtype))
+
+
+@pytest.mark.parametrize("kernel", [Kernel.EAGER, pytest.param(Kernel.COMPILED, marks=needs_compiler)], ids=str)
+@pytest.mark.parametrize("case", ["learned", "static"])
+def test_it_adds_a_second_current_itself(case: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = []
+    plain = frozen.program
+    monkeypatch.setattr(frozen, "program", lambda function, job, form: jobs.append(job) or plain(function, job, form))
+    site = FrozenSite(site_of(**CASES[case]))
+    one = last(current_of(C, 4, 5, static=site.static))
+    other, row = one.flip(0).contiguous(), one[:1]
+    with torch.no_grad(), use_kernel(kernel):
+        for second in (other, row):
+            assert torch.equal(site(one, second), site(one + second))
+        assert [job.summed for job in jobs] == [True, False, False, False] * (kernel is Kernel.COMPILED)
+        exact, narrow = site(one + other) > 0, site(one.bfloat16(), other.bfloat16()) > 0
+        assert float((exact ^ narrow).float().mean()) < 0.02
 
 
 @pytest.mark.parametrize(

@@ -13,25 +13,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmh import Kernel, carry_state, fused, kernels, per_step, use_kernel
-from lmh.fused import Job, run_neurons
+from lmh import Kernel, carry_state, kernels, passes, per_step, use_kernel
+from lmh.fused import run_neurons
 from lmh.memory_order import Order
 from lmh.neurons import Coefficients, State
+from lmh.passes import Job
+from lmh.resets import AttachedReset, DetachedReset, Reset
 from lmh.spiking import LMH, PerChannel, PerLayer, PerStep, SpikingSite
 from lmh.surrogates import Arctan, Rectangle, Sigmoid, Surrogate, Triangle
 from lmh.time_axis import TimeAxis
 from reference import lmh_numpy as oracle
+from tensors import last
 
 NAMES = ("theta", "lambda_s", "lambda_d", "mu_s", "mu_d")
 SURROGATES = [Triangle(), Triangle(0.5), Rectangle(), Sigmoid(), Arctan()]
+RESETS = [lambda soma, output: soma, lambda soma, output: soma - output]
+"""The oracle's derivative of v_S[t]: detached, attached."""
 T, N, C = 4, 3, 5
 SHAPES = {"linear": (N, C), "sequence": (N, C, 6), "image": (N, C, 4, 2), "video": (N, C, 2, 3, 2)}
 needs_compiler = pytest.mark.skipif(not kernels.can_compile("cpu"), reason="no C++ compiler")
-
-
-def last(x: Tensor) -> Tensor:
-    """The same values with the channels last in memory."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 @dataclass
@@ -63,6 +63,7 @@ def case(
     static: bool = False,
     order: Callable[[Tensor], Tensor] = Tensor.contiguous,
     surrogate: Surrogate | None = None,
+    reset: Reset | None = None,
     dtype: torch.dtype = torch.float64,
     low: torch.dtype | None = None,
 ) -> Case:
@@ -84,7 +85,7 @@ def case(
     batch = (shape[0] if static else T * shape[0], *shape[1:])
     current = 1.5 * torch.rand(batch, dtype=torch.float64, generator=generator) - 0.3
     weight = torch.randn(T * shape[0], *shape[1:], dtype=torch.float64, generator=generator)
-    job = Job(T, surrogate or Triangle(), static, bool(time))
+    job = Job(T, surrogate or Triangle(), reset or DetachedReset(), static, bool(time))
     return Case(job, order(current.to(low or dtype)).requires_grad_(), start, values, order(weight.to(dtype)))
 
 
@@ -118,11 +119,14 @@ def test_it_equals_the_plain_loop(
         assert distance(ours, theirs) < 1e-12, name
 
 
+@pytest.mark.parametrize("reset", [DetachedReset(), AttachedReset()], ids=repr)
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
 @pytest.mark.parametrize("granularity", [PerLayer(), PerChannel(), PerStep()], ids=repr)
 @pytest.mark.parametrize("kernel", [Kernel.EAGER, Kernel.FUSED], ids=lambda kernel: kernel.value)
-def test_its_gradients_equal_those_of_the_oracle(kernel: Kernel, granularity: object, surrogate: Surrogate) -> None:
-    given = case(granularity=granularity, channels=True, surrogate=surrogate)
+def test_its_gradients_equal_those_of_the_oracle(
+    kernel: Kernel, granularity: object, surrogate: Surrogate, reset: Reset
+) -> None:
+    given = case(granularity=granularity, channels=True, surrogate=surrogate, reset=reset)
     _, gradients = given.run(kernel)
     current, weight = (x.detach().unflatten(0, (T, N)).numpy() for x in (given.current, given.weight))
     theta = given.values.v_threshold.detach()
@@ -145,8 +149,10 @@ def test_its_gradients_equal_those_of_the_oracle(kernel: Kernel, granularity: ob
             rows.append(kept if kept.shape == like.shape else kept.sum(-1))
         return rows
 
-    expected = reduced(oracle.sensitivities(current, weight, values, slope))
-    wrong = reduced(oracle.sensitivities(current, weight, values, slope, reset=lambda soma, output: soma - output))
+    expected, wrong = (
+        reduced(oracle.sensitivities(current, weight, values, slope, reset=rule))
+        for rule in (RESETS if reset == DetachedReset() else RESETS[::-1])
+    )
     assert max(distance(ours, theirs) for ours, theirs in zip(gradients, expected, strict=True)) < 1e-12
     assert all(distance(ours, theirs) > 1e-3 for ours, theirs in zip(gradients[:2], wrong[:2], strict=True))
 
@@ -266,14 +272,14 @@ def test_nothing_is_computed_for_frozen_coefficients(monkeypatch: pytest.MonkeyP
     for value in given.values[1:]:
         value.requires_grad_(False)
     asked: list[int] = []
-    step = fused.lmh_step_adjoint
+    step = passes.lmh_step_adjoint
 
     def watched(*arguments: Any) -> Any:
         found = step(*arguments)
         terms = [lambda k=k, term=term: (asked.append(k), term())[1] for k, term in enumerate(found.coefficients)]
         return found._replace(coefficients=tuple(terms))
 
-    monkeypatch.setattr(fused, "lmh_step_adjoint", watched)
+    monkeypatch.setattr(passes, "lmh_step_adjoint", watched)
     output = given.output(Kernel.FUSED)
     output.sum().backward()
     assert asked == [0] * T
@@ -315,7 +321,7 @@ def test_neurons_that_cannot_be_compiled_run_uncompiled_and_say_so_once() -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         given.run(Kernel.COMPILED)
-    site = site_of(surrogate=Untraceable())
+    site = site_of(surrogate=Untraceable(), reset=given.job.reset)
     with use_kernel(Kernel.COMPILED):
         site(given.current.float())
     assert site.kernel is Kernel.FUSED

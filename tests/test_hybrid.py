@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import nets
 from lmh import LIF, LMH, QCFS, evaluate, sites, zoo
-from lmh.calibrate import FROM_QCFS, Max
+from lmh.calibrate import Max
 from lmh.convert import Conversion, EventFrames, convert, load, save
 from lmh.errors import ArgumentError
 from lmh.finetune import STBP, EpochResult, Finetuned, Hybrid, Schedule, finetune
 from lmh.finetune.hybrid import qcfs_network, taken_over
+from lmh.records import FROM_QCFS
 from lmh.zoo import Batches, DataSet
 
 SHORT = Hybrid(qcfs=Schedule(epochs=1, lr=0.01, warmup_steps=3))

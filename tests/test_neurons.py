@@ -16,6 +16,7 @@ from lmh.errors import ArgumentError, StateError
 from lmh.kernels import Kernel, use_kernel
 from lmh.neurons import Coefficients, State, lmh_run, lmh_step
 from lmh.qcfs import QCFS
+from lmh.resets import AttachedReset, DetachedReset, Reset
 from lmh.spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, SpikingSite, bounded
 from lmh.surrogates import Surrogate, Triangle
 from lmh.time_axis import FoldEvents, LeaveTime, TimeAxis, carry_state, per_step
@@ -48,7 +49,7 @@ def _run_steps(current: np.ndarray, parameters: dict[str, np.ndarray]) -> dict[s
     state = State(torch.zeros(current.shape[1:], dtype=torch.float64), soma)
     rows = []
     for now in torch.from_numpy(current):
-        output, state = lmh_step(now, state, coefficients, Triangle())
+        output, state = lmh_step(now, state, coefficients, Triangle(), DetachedReset())
         rows.append((output, *state))
     columns = (torch.stack(column) for column in zip(*rows, strict=True))
     return dict(zip(("outputs", "v_dendrite", "v_soma"), columns, strict=True))
@@ -102,7 +103,7 @@ def test_step_and_run_equal_the_oracle(timesteps: int, shape: tuple[int, ...]) -
     assert ((ours["outputs"] > 0).numpy() == expected.spikes).all()
     frames, coefficients = torch.from_numpy(current), _coefficients(parameters)
     start = State(torch.zeros(50, 3, dtype=torch.float64), torch.from_numpy(expected.start))
-    folded, last = lmh_run(lambda k: frames[k], timesteps, start, lambda k: coefficients, Triangle())
+    folded, last = lmh_run(lambda k: frames[k], timesteps, start, lambda k: coefficients, Triangle(), DetachedReset())
     assert torch.equal(folded.unflatten(0, (timesteps, 50)), ours["outputs"])
     assert torch.equal(last.v_dendrite, ours["v_dendrite"][-1])
     assert torch.equal(last.v_soma, ours["v_soma"][-1])
@@ -165,6 +166,25 @@ def test_if_preset_and_qcfs_spike_counts_agree_on_random_currents(timesteps: int
     assert int((counts - expected).abs().max()) <= 1
 
 
+def test_a_gradient_passes_the_reset_from_an_if_start_alone_unless_that_is_said() -> None:
+    assert LMH().backward_reset == AttachedReset()
+    assert LMH(LIF()).backward_reset == DetachedReset()
+    assert LMH(reset=DetachedReset()).backward_reset == DetachedReset()
+    current = torch.rand(4, 1, 3, generator=torch.Generator().manual_seed(0)).double()
+
+    def gradient(**options: object) -> torch.Tensor:
+        given = current.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(_site(4, **options)(given.flatten(0, 1)).sum(), given)
+        return gradient
+
+    for preset, usual in ((IF(), AttachedReset()), (LIF(), DetachedReset())):
+        other = DetachedReset() if usual == AttachedReset() else AttachedReset()
+        assert torch.equal(gradient(preset=preset), gradient(preset=preset, reset=usual))
+        assert not torch.allclose(gradient(preset=preset), gradient(preset=preset, reset=other))
+    assert 0 <= gradient().min() <= gradient().max() <= 1  # charge is conserved
+    assert gradient(reset=DetachedReset()).max() > 1
+
+
 def test_lif_preset_equals_the_plain_lif() -> None:
     current = np.random.default_rng(2).normal(0.5, 0.8, (8, 30, 3))
     output = _site(8, theta=0.5, preset=LIF(0.7)).double()(torch.from_numpy(current).flatten(0, 1))
@@ -220,10 +240,11 @@ def test_a_constant_current_equals_its_repetition() -> None:
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=repr)
 @pytest.mark.parametrize("kernel", [Kernel.EAGER, Kernel.FUSED], ids=lambda kernel: kernel.value)
+@pytest.mark.parametrize("reset", [DetachedReset(), AttachedReset()], ids=repr)
 def test_site_gradients_equal_those_of_the_smooth_twin(
-    kernel: Kernel, surrogate: Surrogate, granularity: object
+    reset: Reset, kernel: Kernel, surrogate: Surrogate, granularity: object
 ) -> None:
-    site = _random_site(5, seed=4, granularity=granularity, surrogate=surrogate)
+    site = _random_site(5, seed=4, granularity=granularity, surrogate=surrogate, reset=reset)
     rng = np.random.default_rng(4)
     current, weight = rng.normal(0.4, 1.0, (5, 6, 3)), rng.normal(size=(5, 6, 3))
     with use_kernel(kernel):
@@ -240,8 +261,9 @@ def test_site_gradients_equal_those_of_the_smooth_twin(
         return float((oracle.smooth_outputs(*twin, **options) * weight).sum())
 
     raw = _raw_values(site)
-    expected = oracle.central_differences(loss, raw)
-    wrong = oracle.central_differences(lambda raw: loss(raw, reset=lambda _, smooth: smooth), raw)
+    detached = oracle.central_differences(loss, raw)
+    attached = oracle.central_differences(lambda raw: loss(raw, reset=lambda _, smooth: smooth), raw)
+    expected, wrong = (detached, attached) if reset == DetachedReset() else (attached, detached)
     for name in RAWS:
         assert _distance(getattr(site, name).grad, expected[name]) < 1e-6, name
     assert max(_distance(getattr(site, name).grad, wrong[name]) for name in RAWS) > 1e-2
@@ -254,7 +276,7 @@ def test_state_is_float32_and_the_output_bfloat16_under_bfloat16_currents() -> N
     assert torch.equal(output, _site(32)(current.float().flatten(0, 1)).bfloat16())
     values = Coefficients(*torch.tensor([1, 1, 1, 0, 0]).bfloat16())
     start = State(torch.zeros(500, 3).bfloat16(), torch.full((500, 3), 0.5).bfloat16())
-    coarse, _ = lmh_run(lambda k: current[k], 32, start, lambda k: values, Triangle())
+    coarse, _ = lmh_run(lambda k: current[k], 32, start, lambda k: values, Triangle(), DetachedReset())
     assert not torch.equal(output, coarse)
 
 

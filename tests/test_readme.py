@@ -12,6 +12,8 @@ import pytest
 from lmh.cli import lmh, run
 from lmh.convert.cli import convert_command
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FINETUNING = (ROOT / "docs" / "finetuning.md").read_text()

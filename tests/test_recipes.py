@@ -82,7 +82,8 @@ def test_every_recipe_is_whole(name: str) -> None:
     assert training.augmentation is not None
     if recipe.ann is not None:
         ann = read_recipe(recipe.ann)
-        assert (ann.architecture, ann.data, ann.timesteps) == (recipe.architecture, recipe.data, None)
+        layers = recipe.architecture if recipe.timesteps is not None else recipe.architecture.partition("-qcfs")[0]
+        assert (ann.architecture, ann.data, ann.timesteps) == (layers, recipe.data, None)
     else:
         assert recipe.timesteps is None or training.schedule.distillation is None  # there is no teacher
     if recipe.timesteps is None:
@@ -101,7 +102,7 @@ def test_every_row_of_the_paper_has_a_recipe(table: int) -> None:
 @pytest.mark.parametrize(
     ("name", "strategy"),
     [
-        ("cifar10-resnet20-t4", Hybrid),
+        ("cifar10-resnet18-t4", Hybrid),
         ("cifar10-resnet19-progressive-t4", Progressive),
         ("cifar10-resnet18-slices-2x3", TimeSliced),
         ("cifar10-resnet18-sltt-t6", SLTT),
@@ -165,6 +166,39 @@ def test_a_spiking_network_starts_from_the_ann_beside_it_or_the_zoo_s(written: W
     assert read_training("out/zoo-t2.safetensors") == training_of(read_recipe("zoo-t2.toml"))
 
 
+@pytest.mark.usefixtures("uncompiled")
+def test_a_qcfs_network_starts_from_a_relu_network_and_a_spiking_one_from_it(written: Written, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8), np.arange(64) % 10
+    np.savez("ten.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
+    of_cifar = ANN.replace('"digits"', '"cifar10"')
+    relu = of_cifar.replace("digits-cnn", "cifar10-resnet20")
+    qcfs = of_cifar.replace("digits-cnn", "cifar10-resnet20-qcfs4").replace(', distillation = "none"', ", lr = 1e-9")
+    spiking = qcfs.replace("seed = 3", "seed = 3\ntimesteps = 2")
+    for name, text in (("relu", relu), ("qcfs", 'ann = "relu"\n' + qcfs), ("snn", 'ann = "qcfs"\n' + spiking)):
+        succeed("zoo", "train", written(name, text), "--data", "npz:ten.npz", "--out", "out")
+    weights, taken = (read_tensors(tmp_path / "out" / f"{name}.safetensors")[0] for name in ("relu", "qcfs"))
+    assert torch.allclose(taken["layer1.0.conv1.weight"], weights["layer1.0.conv1.weight"])
+    thresholds = taken["layer1.0.relu1.base_threshold"]
+    assert len(thresholds) == 16
+    assert len(thresholds.unique()) > 8
+    ann, snn = (read_card_file(tmp_path / "out" / f"{name}.json") for name in ("qcfs", "snn"))
+    assert (ann.architecture, ann.recipe["start"]) == ("cifar10-resnet20-qcfs4", "relu")
+    assert isinstance(snn, SpikingCard)
+    assert set(snn.stages) == {"after QCFS", "after QCFS, quantised ANN"}
+    assert snn.stages["after QCFS, quantised ANN"] == (ann.ann_accuracy,)
+    torch.save(zoo.card("cifar10-resnet20-a").build().state_dict(), "other.pt")
+    written("again", 'ann = "relu"\n' + relu)
+    for arguments, words in (
+        (("again.toml", "--ann", "out/relu.safetensors"), "CifarResNet: has no QCFS activation"),
+        (("qcfs.toml", "--ann", "other.pt"), "do not fit (Error(s) in loading state_dict for CifarResNet: Missing key"),
+        (("qcfs.toml", "--ann", "zoo:digits-cnn"), "does not fit"),
+    ):
+        found = command("zoo", "train", *arguments, "--data", "npz:ten.npz", "--out", "odd")
+        assert found.status != 0
+        assert words in " ".join(found.err.split())
+
+
 def test_without_an_ann_training_starts_from_random_weights(written: Written, tmp_path: Path) -> None:
     succeed("zoo", "train", written("scratch", SCRATCH), "--out", "out")
     card = read_card_file(tmp_path / "out" / "scratch.json")
@@ -200,7 +234,7 @@ def test_what_is_missing_is_named(written: Written) -> None:
         (("confused.toml",), r"strategy is SLTT.*an ANN is trained by STBP"),
         (("shy.toml",), r"patience"),
         (("cifar10-resnet20",), r"--data is missing: cifar10-resnet20 is trained on cifar10.*--data cifar10:DIR"),
-        (("digits-cnn", "--ann", "x.pt"), r"--ann x.pt came with a recipe that trains an ANN"),
+        (("digits-cnn", "--ann", "x.pt"), r"--ann x.pt came with a recipe that trains an ANN from random weights"),
         (("digit-cnn",), r"recipe 'digit-cnn' is not known; nearest: digits-cnn"),
         (("digits-cnn", "--data", "cifar10:x"), r"--data cifar10:x is not digits, which digits-cnn is trained on"),
         (("orphan.toml", "--data", "npz:none.npz"), r"none.npz: no such file"),
@@ -237,7 +271,7 @@ def test_a_name_that_no_file_can_have_is_refused(written: Written) -> None:
 
 
 def test_the_seed_is_that_of_every_stage() -> None:
-    recipe = replace(read_recipe("cifar10-resnet20-t4"), seed=7)
+    recipe = replace(read_recipe("cifar10-resnet18-t4"), seed=7)
     training = training_of(recipe)
     assert isinstance(training.strategy, Hybrid)
     assert training.schedule.seed == training.strategy.qcfs.seed == 7
@@ -259,7 +293,7 @@ def test_figures_stand_beside_the_paper_s() -> None:
     assert isinstance(model, SpikingCard)
     stages = {"after QCFS": (0.4, 0.5, 0.6, 0.7), "after QCFS, quantised ANN": (0.8,)}
     mine = replace(
-        model, name="cifar10-resnet20-t4", architecture="cifar10-resnet20", data="cifar10",
+        model, name="cifar10-resnet20-t4", architecture="cifar10-resnet20-qcfs4", data="cifar10",
         accuracy=(0.5, 0.6, 0.7, 0.8), stages=stages,
     )  # fmt: skip
     page = results_page([mine])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,29 +20,14 @@ from lmh.recomputed import Normalised, Spikes, Sum, source_of
 from lmh.spiking import LMH, PerChannel, PerLayer, PerStep, SpikingSite
 from lmh.time_axis import TimeAxis, time_axis
 from lmh.zoo.cifar_resnet import CifarResNet
+from tensors import last, nodes
 
 SHAPES = {"linear": (3, 5), "sequence": (3, 5, 6), "image": (3, 5, 4, 2)}
 
 
-def last(x: Tensor) -> Tensor:
-    """The same values with the channels last in memory."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def nodes(tensor: Tensor) -> Iterator[Any]:
-    """All nodes of the graph that a tensor comes from."""
-    waiting, seen = [tensor.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting += [before for before, _ in node.next_functions]
-
-
 def sources(tensor: Tensor) -> list[object]:
     """The sources of all neurons in the graph, None where the current itself is kept."""
-    return [node.source for node in nodes(tensor) if hasattr(node, "source")]
+    return [node.sources[0] for node in nodes(tensor) if hasattr(node, "sources")]
 
 
 def network(steps: int = 2, granularity: object = PerLayer()) -> nn.Module:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nets
-from lmh import evaluate, zoo
+from lmh import LMH, AttachedReset, DetachedReset, evaluate, sites, zoo
 from lmh.calibrate import Reconstruction, blocks, reconstruct
 from lmh.calibrate.blocks import cut
 from lmh.convert import Conversion, EventFrames, convert, prepare
@@ -76,6 +76,18 @@ def test_the_parts_together_are_the_network_and_share_its_parameters() -> None:
     part = cut(conversion.snn, blocks(conversion.prepared)[1])
     known = {id(parameter) for parameter in conversion.snn.parameters()}
     assert {id(parameter) for parameter in part.parameters()} <= known
+
+
+def test_the_reset_has_no_gradient_unless_the_neurons_name_one() -> None:
+    def fitted(neuron: LMH) -> dict[str, Tensor]:
+        conversion = convert(zoo.load("digits-cnn"), 2, data=IMAGES, neuron=neuron)
+        reconstruct(conversion.snn, conversion.prepared, IMAGES, Reconstruction(steps=3))
+        assert {site.neuron for site in sites(conversion.snn).values()} == {neuron}
+        return conversion.snn.state_dict()
+
+    usual, detached, attached = (fitted(LMH(reset=reset)) for reset in (None, DetachedReset(), AttachedReset()))
+    assert all(torch.equal(usual[name], detached[name]) for name in usual)
+    assert any(not torch.equal(usual[name], attached[name]) for name in usual)
 
 
 @pytest.mark.parametrize("timesteps", [1, 2])

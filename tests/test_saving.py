@@ -21,6 +21,7 @@ from lmh.convert import Conversion, ReluSurgery, as_neuron, convert, load, load_
 from lmh.convert.rules import STAND_INS, StandIns
 from lmh.errors import ArgumentError, ArtifactError, AuditError
 from lmh.records import frozen_value, plain_value
+from lmh.resets import AttachedReset, DetachedReset
 from lmh.spiking import IF
 from lmh.surrogates import Arctan, Dspike, Triangle
 
@@ -79,10 +80,12 @@ class TestWhatAFileCannotHold:
         save(convert(nets.two_layers(), 2, data=X, neuron=LMH(IF(lambda_s=0.75), surrogate=Arctan())), file)
 
     @pytest.mark.parametrize("surrogate", [Arctan(), Dspike(2.0, 0.5)], ids=repr)
-    def test_those_of_ours_come_back(self, file: Path, surrogate: Any) -> None:
+    @pytest.mark.parametrize("reset", [DetachedReset(), AttachedReset()], ids=repr)
+    def test_those_of_ours_come_back(self, file: Path, surrogate: Any, reset: Any) -> None:
         ann = nets.two_layers()
-        save(convert(ann, 2, data=X, neuron=LMH(surrogate=surrogate)), file)
-        assert {site.neuron.surrogate for site in sites(load(file, source=ann)).values()} == {surrogate}
+        neuron = LMH(surrogate=surrogate, reset=reset)
+        save(convert(ann, 2, data=X, neuron=neuron), file)
+        assert {site.neuron for site in sites(load(file, source=ann)).values()} == {neuron}
 
     @pytest.mark.parametrize(
         ("fact", "words"),

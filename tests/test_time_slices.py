@@ -119,7 +119,7 @@ def by_hand(snn: nn.Module, batch: Work, k: int) -> list[dict[str, Tensor]]:
             state = State(torch.zeros(6, 8, dtype=torch.float64), v_start)
         outputs = []
         for _ in range(k):
-            spikes, state = lmh_step(current, state, values, site.neuron.surrogate)
+            spikes, state = lmh_step(current, state, values, site.neuron.surrogate, site.neuron.backward_reset)
             outputs.append(last(spikes))
         state = State(state.v_dendrite.detach(), state.v_soma.detach())
         assert isinstance(batch.labels, Tensor)

@@ -14,12 +14,24 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..qcfs import QCFS
 from .initialisation import he_normal
 
 DEPTHS = (20, 32, 44, 56)
 NINETEEN = ((128, 3), (256, 3), (512, 2))
 
 Shortcut = Callable[[int, int, int], nn.Module]
+Activation = Callable[[int], nn.Module]
+
+
+def relu(channels: int) -> nn.Module:
+    """Return a ReLU."""
+    return nn.ReLU()
+
+
+def qcfs(channels: int) -> nn.Module:
+    """Return QCFS with L = 4 and a θ for each channel, 4 at the start."""
+    return QCFS(levels=4, v_threshold=4.0, channels=channels)
 
 
 class PaddedShortcut(nn.Module):
@@ -47,14 +59,16 @@ def projected(inputs: int, channels: int, stride: int) -> nn.Module:
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut. [N, inputs, H, W] → [N, channels, H/stride, W/stride]."""
 
-    def __init__(self, inputs: int, channels: int, stride: int, shortcut: Shortcut) -> None:
+    def __init__(
+        self, inputs: int, channels: int, stride: int, shortcut: Shortcut, activation: Activation = relu
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.relu1 = nn.ReLU()
-        self.relu2 = nn.ReLU()
+        self.relu1 = activation(channels)
+        self.relu2 = activation(channels)
         same = stride == 1 and inputs == channels
         self.shortcut = nn.Identity() if same else shortcut(inputs, channels, stride)
 
@@ -75,6 +89,7 @@ class StagedResNet(nn.Module):
         pool: from the last stage's maps to what is flattened.
         linear: from that to the logits.
         inputs: channels of the images.
+        activation: makes one for so many channels.
     """
 
     def __init__(
@@ -85,16 +100,17 @@ class StagedResNet(nn.Module):
         pool: nn.Module,
         linear: nn.Module,
         inputs: int = 3,
+        activation: Activation = relu,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
-        self.relu = nn.ReLU()
+        self.relu = activation(stem)
         self.stages = tuple(f"layer{index}" for index in range(1, len(stages) + 1))
         before = stem
         for name, (channels, blocks) in zip(self.stages, stages, strict=True):
-            first = BasicBlock(before, channels, 1 if name == "layer1" else 2, shortcut)
-            rest = (BasicBlock(channels, channels, 1, shortcut) for _ in range(blocks - 1))
+            first = BasicBlock(before, channels, 1 if name == "layer1" else 2, shortcut, activation)
+            rest = (BasicBlock(channels, channels, 1, shortcut, activation) for _ in range(blocks - 1))
             self.add_module(name, nn.Sequential(first, *rest))
             before = channels
         self.pool = pool
@@ -111,14 +127,17 @@ class StagedResNet(nn.Module):
 class CifarResNet(StagedResNet):
     """Three stages of (depth − 2)/6 blocks with 16, 32, 64 channels. [N, 3, 32, 32] → [N, classes]."""
 
-    def __init__(self, depth: int = 20, num_classes: int = 10, shortcut: Shortcut = padded) -> None:
+    def __init__(
+        self, depth: int = 20, num_classes: int = 10, shortcut: Shortcut = padded, activation: Activation = relu
+    ) -> None:
         stages = [(channels, (depth - 2) // 6) for channels in (16, 32, 64)]
-        super().__init__(16, stages, shortcut, nn.AdaptiveAvgPool2d(1), nn.Linear(64, num_classes))
+        pool, linear = nn.AdaptiveAvgPool2d(1), nn.Linear(64, num_classes)
+        super().__init__(16, stages, shortcut, pool, linear, activation=activation)
 
 
-def resnet20(num_classes: int = 10) -> nn.Module:
+def resnet20(num_classes: int = 10, activation: Activation = relu) -> nn.Module:
     """Return ResNet-20 with projections, the one of QCFS and of the paper."""
-    return CifarResNet(20, num_classes, projected)
+    return CifarResNet(20, num_classes, projected, activation)
 
 
 def resnet18(num_classes: int = 10) -> nn.Module:

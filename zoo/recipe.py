@@ -55,7 +55,7 @@ class Recipe:
         training: a :class:`lmh.finetune.recipe.TrainingRecipe` as its ``to_json`` gives it; what is left out has its
             default.
         timesteps: T; None trains an ANN.
-        ann: recipe of the ANN that a spiking network starts from; None starts from random weights.
+        ann: recipe of the ANN that a spiking network, or a QCFS network, starts from; None starts from random weights.
         time_norm: what becomes of BatchNorm in a spiking network: ``plain``, ``tebn`` or ``tdbn``.
         samples: train on the first so many in the order of the seed; None takes all.
         published: the row that it repeats, or None.

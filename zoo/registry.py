@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import ArgumentError
 from ..torchvision_shim import torchvision
 from .augmentation import Augmentation, CropFlip, Cutout, InTurn, OneOf, Roll, Rotate
-from .cifar_resnet import DEPTHS, CifarResNet, resnet18, resnet19, resnet20, wide_resnet19
+from .cifar_resnet import DEPTHS, CifarResNet, qcfs, resnet18, resnet19, resnet20, wide_resnet19
 from .cifarnet import CIFARNet
 from .digits_cnn import DigitsCNN
 from .images import AnyPreprocessing, FramePreprocessing, Preprocessing
@@ -60,6 +60,7 @@ _CARDS = [
     Card("cifar10-resnet19", "resnet", resnet19, CIFAR10, _FOUR, 10),
     Card("cifar10-resnet19-wide", "resnet", wide_resnet19, CIFAR10, _FOUR, 10),
     Card("cifar10-resnet20", "resnet", resnet20, CIFAR10, _FOUR, 10),
+    Card("cifar10-resnet20-qcfs4", "resnet", partial(resnet20, activation=qcfs), CIFAR10, _FOUR, 10),
     *(Card(f"cifar10-resnet{depth}-a", "resnet", partial(CifarResNet, depth), _SHARED, _FOUR, 10) for depth in DEPTHS),
     Card("cifar10-vgg11-bn", "vgg", vgg11, CIFAR10, _FOUR, 10),
     Card("cifar10-vgg13-bn", "vgg", vgg13, CIFAR10, _FOUR, 10),

@@ -15,6 +15,7 @@ from urllib.parse import urljoin
 from ..artifact import FORMAT as SNN_FORMAT
 from ..artifact import file_digest, is_there, make_folder, read_snn, read_tensors, user_path, write_atomically
 from ..errors import ArgumentError, ArtifactError, DownloadError
+from ..records import FROM_QCFS
 from .cache import SUFFIX, offline
 from .data import data_name
 from .images import AnyPreprocessing, preprocessing_of
@@ -119,14 +120,18 @@ def _spiking_card(
         energy=None if energy is None else {
             key: energy[key] for key in ("snn_pj", "ann_pj", "synops", "snn_macs", "ann_macs")
         },
-        stages=_stages(manifest.get("metrics") or {}),
+        stages=_stages(manifest),
     )  # fmt: skip
 
 
-def _stages(metrics: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Return what a network's file says of what it was before."""
-    free = metrics.get("training_free")
-    earlier = [*([{**free, "name": "training-free", "ann_accuracy": None}] if free else []), *metrics.get("stages", [])]
+def _stages(manifest: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Return what a network's file says of what it was before; one that was made of a QCFS network was that."""
+    metrics = manifest.get("metrics") or {}
+    free, earlier = metrics.get("training_free"), list(metrics.get("stages", []))
+    if free and not earlier and manifest["calibration"]["policy"] == FROM_QCFS:
+        earlier = [{**free, "name": "after QCFS"}]
+    elif free:
+        earlier.insert(0, {**free, "name": "training-free", "ann_accuracy": None})
     found: dict[str, tuple[float, ...]] = {}
     for stage in earlier:
         if stage["ann_accuracy"] is not None:

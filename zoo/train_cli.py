@@ -41,7 +41,7 @@ CHECKPOINT_MINUTES = 10.0
 @click.option("--data", metavar="SPEC", help="Where the recipe's data set is. Embedded data needs none.")
 @click.option(
     "--ann", metavar="SOURCE",
-    help="The ANN that a spiking network starts from; unless given, what its recipe names, in --out or the zoo.",
+    help="What a spiking or QCFS network starts from; unless given, the ANN of its recipe, in --out or the zoo.",
 )  # fmt: skip
 @click.option("--licence", default="Apache-2.0", show_default=True, help="Of the weights, an SPDX identifier.")
 @click.option(
@@ -59,12 +59,13 @@ def train_command(
     \b
     lmh zoo train digits-cnn --out runs/zoo
     lmh zoo train cifar10-resnet20 --data npz:cifar10.npz --out runs/zoo
+    lmh zoo train cifar10-resnet20-qcfs4 --data npz:cifar10.npz --out runs/zoo
     lmh zoo train cifar10-resnet20-t4 --data npz:cifar10.npz --out runs/zoo
     """  # noqa: D301
     found = read_recipe(recipe)
     spec = _data_spec(found, data)
-    if ann is not None and found.timesteps is None:
-        raise click.UsageError(f"--ann {ann} came with a recipe that trains an ANN. Leave it out.")
+    if ann is not None and found.timesteps is None and found.ann is None:
+        raise click.UsageError(f"--ann {ann} came with a recipe that trains an ANN from random weights. Leave it out.")
     opened = _opened(found, spec)
     make_folder(out, "Name another with --out.")
     path = out / f"{found.name}.safetensors"
@@ -75,7 +76,8 @@ def train_command(
         return
     measured = None
     if found.timesteps is None:
-        train_ann(found, opened, facts, path, Terminal(), device)
+        start = None if found.ann is None else ann or _ann_of(found, opened, out)
+        train_ann(found, opened, start, facts, path, Terminal(), device)
     else:
         start = ann or _ann_of(found, opened, out)
         _check_start(found, opened, start)
@@ -90,13 +92,21 @@ def train_command(
 
 
 def train_ann(
-    recipe: Recipe, data: DataSet, facts: dict[str, Any], path: Path, terminal: Terminal, device: str
+    recipe: Recipe,
+    data: DataSet,
+    start: str | None,
+    facts: dict[str, Any],
+    path: Path,
+    terminal: Terminal,
+    device: str,
 ) -> None:
     """Train an ANN and write its weights with their record.
 
     Args:
         recipe: with a plain strategy, ``STBP``.
         data: its data set.
+        start: the ReLU network whose weights a QCFS network takes, and that it is distilled from; None starts from
+            random weights.
         facts: of the recipe, for the record.
         path: of the file; the checkpoint is beside it until it is written.
         terminal: for the bar.
@@ -106,7 +116,10 @@ def train_ann(
         ArgumentError: if the recipe's training is not one of an ANN.
     """
     from ..convert.cli import device_of
+    from ..convert.loading import load_source
     from ..finetune import STBP, Checkpoint, fit
+    from ..finetune.api import CALIBRATION_SAMPLES
+    from ..finetune.hybrid import start_from_relu
     from ..finetune.trainer import accuracy
 
     training = training_of(recipe)
@@ -115,16 +128,20 @@ def train_ann(
             f"{recipe.name}: strategy is {training.strategy} and there is no timesteps; an ANN is trained by STBP. "
             'Name timesteps, or take strategy = {type = "STBP"}.'
         )
-    model = _fresh(recipe, data).to(device_of(device))
+    model = _fresh(recipe, data)
     chosen = seeded_order(data.train, recipe.seed)[: recipe.samples]
     preprocessing = data.normalising(architecture(recipe.architecture).preprocessing)
     batches = Batches(
         data.train, preprocessing, training.batch_size, chosen, training.augmentation, shuffle_seed=recipe.seed
     )
+    teacher = None if start is None else load_source(start).model
+    if teacher is not None:
+        start_from_relu(model, teacher, preprocessing(data.train.images(chosen[:CALIBRATION_SAMPLES])))
+    model.to(device_of(device))
     checkpoint = path.with_name(f"{path.name}.training")
     with terminal.stage(f"training {recipe.name}", training.schedule.epochs * len(batches)) as advance:
         fit(
-            model, batches, None, training.schedule,
+            model, batches, None, training.schedule, teacher=teacher,
             checkpoint=Checkpoint(checkpoint, minutes=CHECKPOINT_MINUTES),
             on_batch=lambda epoch, _index, loss: advance(1, f"epoch {epoch + 1}, loss {loss:.3f}"),
         )  # fmt: skip

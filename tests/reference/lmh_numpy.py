@@ -129,7 +129,7 @@ def smooth_outputs(
 
     s̃ = S(u) + (s − S(u)) at the base point, with u = (m_S − θ)/θ and S the surrogate's primitive: an
     antiderivative that meets the spike at the base point. The soft reset takes off what it took at the base
-    point (``reset`` chooses between that and the smooth θ s̃, which is the wrong twin).
+    point (``reset`` chooses between that and the smooth θ s̃, through which a gradient passes).
     """
     current = np.asarray(current, dtype=np.float64)
     ndim = current.ndim - 1
@@ -161,7 +161,7 @@ def sensitivities(
 
     Entry [k] of ``current``, ``theta``, ``lambda_s``, … is the derivative by that value at step k alone, shape
     [T, N, C, ...]; ``v_soma`` is the one by v_S[0]. ds/du is ``slope``(u). ``reset`` gives the derivative of v_S[t]
-    from those of m_S[t] and of the output: no gradient passes the reset, unless it is the wrong twin.
+    from those of m_S[t] and of the output: no gradient passes the reset unless that says so.
     """
     current, weight = np.asarray(current, dtype=np.float64), np.asarray(weight, dtype=np.float64)
     base = simulate(current, **parameters)
