@@ -36,6 +36,7 @@ from .cli_training import Training, files_of
 from .distributed import Group, joined
 from .fresh import with_statistics
 from .log import JSONLines, Log, TensorBoard
+from .precision import IN_FLOAT32
 from .recipe import TrainingRecipe, write_recipe
 
 _COUNT = click.IntRange(min=1)
@@ -228,6 +229,9 @@ def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
     start, recipe = _from_snn(job, wishes, terminal) if spiking else _from_ann(job, wishes, terminal)
     for notice in start.notices:
         terminal.notice(notice)
+    if wishes.recipe is not None and recipe != recipe.on(job.device):
+        terminal.notice(IN_FLOAT32)
+        recipe = recipe.on(job.device)
     if Group.current().leads:
         for file in (job.save_recipe, None if job.resume is None else user_path(job.resume) / "recipe.toml"):
             if file is not None:

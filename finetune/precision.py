@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from ..records import plain_value
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,7 @@ class BFloat16:
         Raises:
             ArgumentError: saying what to use.
         """
-        if device.type == "cuda":
-            supported = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            supported = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if not supported:
+        if not has_bfloat16(device):
             raise ArgumentError(
                 f"BFloat16: this {device.type} does not compute in bfloat16; expected a CPU with AVX-512 or a GPU from "
                 "2020 on. Use Float32(), on the command line leave --amp out."
@@ -62,6 +60,29 @@ class BFloat16:
 
 
 Precision = Float32 | BFloat16
+IN_FLOAT32 = "The recipe says bfloat16, which this device does not compute in: it is carried out in float32."
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device has units that compute in bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def in_float32(plain: Any) -> Any:
+    """Return a recipe's plain values with float32, channels last, in place of bfloat16.
+
+    >>> in_float32({"epochs": 3, "precision": {"type": "BFloat16"}})
+    {'epochs': 3, 'precision': {'type': 'Float32', 'channels_last': True}}
+    """
+    if isinstance(plain, list):
+        return [in_float32(item) for item in plain]
+    if not isinstance(plain, Mapping):
+        return plain
+    if plain.get("type") == BFloat16.__name__:
+        return plain_value(Float32(channels_last=True))
+    return {key: in_float32(value) for key, value in plain.items()}
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..artifact import is_there, read_snn, user_path, write_atomically
 from ..calibrate import MinError
 from ..errors import ArgumentError, ArtifactError
@@ -34,7 +36,7 @@ from .batch_norm import FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
 from .losses import TET, CrossEntropy, Distillation
 from .memory import KeepAll, Recompute
 from .mixing import CutMix, Mixup
-from .precision import BFloat16, Float32
+from .precision import BFloat16, Float32, has_bfloat16, in_float32
 from .schedule import EMA, EarlyStopping, Schedule
 from .strategies import SLTT, STBP, EverySlice, Hybrid, OncePerBatch, Progressive, Strategy, TimeSliced
 
@@ -71,6 +73,10 @@ class TrainingRecipe:
     def epochs(self) -> int:
         """Return the epochs of all stages."""
         return sum(schedule.epochs for schedule in self.schedules)
+
+    def on(self, device: torch.device) -> TrainingRecipe:
+        """Return the recipe as a device can carry it out: in float32 where it says bfloat16 and the device has none."""
+        return self if has_bfloat16(device) else self.from_json(in_float32(self.to_json()), "recipe")
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that :meth:`from_json` reads back."""

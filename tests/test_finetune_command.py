@@ -236,6 +236,13 @@ class TestTheOptions:
         assert (schedule.ema, schedule.early_stopping, schedule.precision) == (EMA(0.9), EarlyStopping(2), BFloat16())
         assert (recipe.batch_size, recipe.augmentation) == (16, InTurn((CropFlip(1, False), Cutout(4))))
 
+    def test_a_device_without_bfloat16_carries_a_recipe_out_in_float32(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        write_recipe(TrainingRecipe(STBP(), Schedule(epochs=1, precision=BFloat16()), 32), Path("narrow.toml"))
+        assert wished("--recipe", "narrow.toml").schedule.precision == Float32(channels_last=True)
+        asked = command("finetune", *ANN, *FAST, "--epochs", 1, "--amp")
+        assert "this cpu does not compute in bfloat16" in asked.err
+
     def test_no_teacher_is_part_of_the_recipe(self) -> None:
         recipe = wished("--no-teacher", "--epochs", 6)
         assert isinstance(recipe.strategy, Hybrid)

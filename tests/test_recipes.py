@@ -17,7 +17,7 @@ from lmh.artifact import read_snn, read_tensors
 from lmh.convert import load
 from lmh.convert.normalisation import NORMALISATIONS
 from lmh.errors import ArgumentError
-from lmh.finetune import SLTT, STBP, Hybrid, Progressive, TimeSliced
+from lmh.finetune import SLTT, STBP, Float32, Hybrid, Progressive, TimeSliced
 from lmh.finetune.recipe import read_recipe as read_training
 from lmh.zoo.images import Batches
 from lmh.zoo.model_cards import SpikingCard, read_card_file
@@ -134,6 +134,26 @@ def test_an_ann_is_trained_on_the_first_samples_of_the_seed(
     assert (card.data, card.seed, card.samples, card.recipe["samples"]) == ("digits", 3, 360, 64)
     assert card.preprocessing == zoo.card("digits-cnn").preprocessing
     assert not list((tmp_path / "out").glob("*.training"))
+
+
+@pytest.mark.parametrize(("name", "text"), [("an-ann", ANN), ("a-t2", SNN)])
+def test_a_recipe_in_bfloat16_is_carried_out_in_float32_where_the_device_has_none(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    narrow = text.replace("epochs = 1", 'epochs = 1, precision = {type = "BFloat16"}')
+    with monkeypatch.context() as without:
+        without.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        done = succeed("zoo", "train", written(name, narrow), "--out", "out")
+    assert done.err.count("bfloat16, which this device does not compute in") == 1
+    card = read_card_file(tmp_path / "out" / f"{name}.json")
+    wide = {"type": "Float32", "channels_last": True}
+    assert card.recipe["training"]["schedule"]["precision"] == wide
+    if isinstance(card, SpikingCard):
+        trained = read_training(str(tmp_path / "out" / f"{name}.safetensors"))
+        assert {schedule.precision for schedule in trained.schedules} == {Float32(channels_last=True)}
+    for supported in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=supported: answer)
+        assert "Trained already" in succeed("zoo", "train", f"{name}.toml", "--out", "out").out
 
 
 def test_a_spiking_network_starts_from_the_ann_beside_it_or_the_zoo_s(written: Written, tmp_path: Path) -> None:

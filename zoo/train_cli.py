@@ -54,7 +54,8 @@ def train_command(
 ) -> None:
     """Train an ANN or a spiking network by RECIPE, a name of the zoo or a TOML file, and write its card.
 
-    A broken run goes on from its checkpoints in OUT when the same command is given again.
+    A broken run goes on from its checkpoints in OUT when the same command is given again. A recipe in bfloat16 is
+    carried out in float32 where the device has none; the card says in which.
 
     \b
     lmh zoo train digits-cnn --out runs/zoo
@@ -62,6 +63,9 @@ def train_command(
     lmh zoo train cifar10-resnet20-qcfs4 --data npz:cifar10.npz --out runs/zoo
     lmh zoo train cifar10-resnet20-t4 --data npz:cifar10.npz --out runs/zoo
     """  # noqa: D301
+    from ..convert.cli import device_of
+    from ..finetune.precision import IN_FLOAT32, has_bfloat16, in_float32
+
     found = read_recipe(recipe)
     spec = _data_spec(found, data)
     if ann is not None and found.timesteps is None and found.ann is None:
@@ -71,13 +75,17 @@ def train_command(
     path = out / f"{found.name}.safetensors"
     place = path.with_suffix(".json")
     facts = {**plain_value(found), "data": spec, "start": ann or found.ann}
-    if is_there(path) and is_there(place) and read_card_file(place).recipe == facts:
+    if is_there(path) and is_there(place) and read_card_file(place).recipe in (facts, in_float32(facts)):
         click.echo(f"Trained already: {path}, {place}. Remove them to train again.")
         return
+    terminal = Terminal()
+    if not has_bfloat16(device_of(device)) and in_float32(facts) != facts:
+        terminal.notice(IN_FLOAT32)
+        found, facts = replace(found, training=in_float32(found.training)), in_float32(facts)
     measured = None
     if found.timesteps is None:
         start = None if found.ann is None else ann or _ann_of(found, opened, out)
-        train_ann(found, opened, start, facts, path, Terminal(), device)
+        train_ann(found, opened, start, facts, path, terminal, device)
     else:
         start = ann or _ann_of(found, opened, out)
         _check_start(found, opened, start)
