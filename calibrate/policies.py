@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..qcfs import quantize
 from ..spiking import PerChannel, PerLayer
 from .histogram import BINS, Histogram
 
@@ -73,25 +72,36 @@ class Percentile:
 def least_error(histogram: Histogram, levels: int) -> Tensor:
     """Return the θ in (0, maximum] with the least Σ (x − q(x))², q with L = ``levels``, [C].
 
-    A coarse grid finds the region of the minimum for each channel and a fine one the minimum.
+    A coarse grid finds the region of the minimum for each channel and a fine one the minimum. With d = θ/L, and N_l and
+    M_l the number and the sum of all x from (l − ½) d on, where q has at least l levels,
+
+        Σ (x − q)² = Σ x² − 2 d Σ M_l + d² Σ (2 l − 1) N_l     (l = 1 … L)
     """
-    top = histogram.maximum
-    best = _best_of(histogram, levels, [top * step / COARSE for step in range(1, COARSE + 1)])
+    numbers, masses = (_from_each_bin_on(x) for x in (histogram.counts, histogram.counts * histogram.centers()))
+    bins = 1 / histogram.width.double().clamp_min(1e-300)[:, None]
+    level = torch.arange(1, levels + 1, device=bins.device)
+
+    def best_of(candidates: list[Tensor]) -> Tensor:
+        best, least = candidates[0], torch.full_like(candidates[0], torch.inf)
+        for theta in candidates:
+            step = theta[:, None] / levels
+            first = (step * bins * (level - 0.5) - 0.5).ceil_().clamp_(0, BINS).long()
+            gain = 2 * masses.gather(1, first) - (2 * level - 1) * step * numbers.gather(1, first)
+            error = -(step * gain).sum(1)
+            better = error < least
+            least, best = torch.where(better, error, least), torch.where(better, theta, best)
+        return best
+
+    top = histogram.maximum.double()
+    best = best_of([top * step / COARSE for step in range(1, COARSE + 1)])
     fine = top / (COARSE * FINE)
-    around = [(best + fine * step).clamp(min=fine, max=top) for step in range(1 - FINE, FINE)]
-    return _best_of(histogram, levels, around)
+    best = best_of([(best + fine * step).clamp(min=fine, max=top) for step in range(1 - FINE, FINE)])
+    return torch.where(top > 0, best, 0.0).to(histogram.maximum.dtype)
 
 
-def _best_of(histogram: Histogram, levels: int, candidates: list[Tensor]) -> Tensor:
-    centers, counts = histogram.centers(), histogram.counts.float()
-    best = candidates[0]
-    least = torch.full_like(best, torch.inf)
-    for theta in candidates:
-        difference = centers - quantize(centers, theta.clamp_min(1e-30)[:, None], levels)
-        error = (difference.square_() * counts).sum(1)
-        better = error < least
-        least, best = torch.where(better, error, least), torch.where(better, theta, best)
-    return torch.where(histogram.maximum > 0, best, 0.0)
+def _from_each_bin_on(values: Tensor) -> Tensor:
+    """Return the sums of [C, BINS] from every bin to the last, and 0 behind it, [C, BINS + 1]."""
+    return torch.nn.functional.pad(values.flip(1).cumsum(1).flip(1), (0, 1))
 
 
 @dataclass(frozen=True)

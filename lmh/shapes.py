@@ -5,7 +5,7 @@ torch's FakeTensorMode does the same and keeps devices apart as well, but takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from .ops import label
 from .structures import each_shape, example_tensor, leaves_of, tensors_of
 
 BATCHES = (2, 3)
+MOST_REMEMBERED = 2**14
 _META = torch.device("meta")
+_known: dict[Hashable, Any] = {}
 
 
 class _OnMeta(TorchFunctionMode):
@@ -31,20 +33,74 @@ class _OnMeta(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = list(tensors_of((args, kwargs)))
+        tensors = list(_tensors((args, kwargs)))
         if any(tensor.is_meta for tensor in tensors):
-            args, kwargs = tree_map(_moved, (args, kwargs))
-            if func in (Tensor.cpu, Tensor.cuda):
-                return args[0]
-            if func is Tensor.to:
-                args = (args[0], *(_META if isinstance(value, str) else value for value in args[1:]))
-                if "device" in kwargs:
-                    kwargs = {**kwargs, "device": _META}
-            if func is Tensor.view and not kwargs and not isinstance(args[1], torch.dtype):
-                func = Tensor.reshape  # convolutions keep channels_last, but not here
-        elif tensors and _in_place(func):
+            return _remembered(func, args, kwargs)
+        if tensors and _in_place(func):
             args, kwargs = tree_map(_copied, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a function's arguments."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _remembered(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return ``func(*args, **kwargs)``, on the meta device; it is called once for the same shapes.
+
+    torch finds shapes in Python, a millisecond for a function, and a network does the same again and again.
+    """
+    if func.__name__ == "__get__" or _in_place(func) or "out" in kwargs:
+        return _called(func, args, kwargs)
+    try:
+        key = (func, _signature(args), _signature(kwargs), torch.get_default_dtype(), torch.is_inference_mode_enabled())
+        known = key in _known
+    except (TypeError, RuntimeError):  # a value without a hash, a tensor without strides
+        return _called(func, args, kwargs)
+    if not known:
+        if len(_known) == MOST_REMEMBERED:
+            _known.clear()
+        _known[key] = _called(func, args, kwargs)
+    value = _known[key]
+    return value.detach() if isinstance(value, Tensor) else tree_map(_detached, value)
+
+
+def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = tree_map(_moved, (args, kwargs))
+    if func in (Tensor.cpu, Tensor.cuda):
+        return args[0]
+    if func is Tensor.to:
+        args = (args[0], *(_META if isinstance(value, str) else value for value in args[1:]))
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": _META}
+    if func is Tensor.view and not kwargs and not isinstance(args[1], torch.dtype):
+        func = Tensor.reshape  # convolutions keep channels_last, but not here
+    return func(*args, **kwargs)
+
+
+def _signature(value: Any) -> Hashable:
+    """Return what shapes may depend on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, tuple | list):
+        return type(value), *map(_signature, value)
+    if isinstance(value, dict):
+        return tuple((name, _signature(item)) for name, item in value.items())
+    if isinstance(value, slice):
+        return slice, value.start, value.stop, value.step
+    hash(value)
+    return type(value), value
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _moved(value: Any) -> Any:

@@ -259,3 +259,20 @@ def test_a_view_that_holds_in_channels_last_is_none_of_our_business() -> None:
     assert model(torch.rand(2, 4, 4, 3)).shape == (2, 128)
     *_, output = node_values(fx.symbolic_trace(model), (2, 4, 4, 3)).values()
     assert output.shape == (2, 128)
+
+
+def test_what_is_remembered_of_shapes_depends_on_nothing_else() -> None:
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            halves = torch.split(x, 2, dim=1)
+            grown = torch.add(halves[0], 1).unsqueeze_(0)  # changes the shape of what torch.add gave
+            return [grown, halves[1][:, :1], torch.add(halves[0], 1.5), torch.zeros_like(x, dtype=torch.bool).int()]
+
+    graph = fx.symbolic_trace(Net())
+    expected = [leaf.shape for leaf in graph(torch.zeros(3, 4))]
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        graph.register_buffer("kind", torch.zeros((), dtype=dtype))
+        first, second = ([*node_values(graph, (3, 4)).values()][-1] for _ in range(2))
+        assert [leaf.shape for leaf in first] == [leaf.shape for leaf in second] == expected
+        assert [leaf.dtype for leaf in first] == [dtype, dtype, dtype, torch.int32]
+        assert not any(one is other for one, other in zip(first, second, strict=True))
