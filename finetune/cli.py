@@ -227,11 +227,10 @@ def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
     torch.manual_seed(job.amounts.seed)
     spiking = job.timesteps is None
     start, recipe = _from_snn(job, wishes, terminal) if spiking else _from_ann(job, wishes, terminal)
+    if wishes.recipe is not None and recipe != recipe.on(job.device):
+        start, recipe = replace(start, notices=(*start.notices, IN_FLOAT32)), recipe.on(job.device)
     for notice in start.notices:
         terminal.notice(notice)
-    if wishes.recipe is not None and recipe != recipe.on(job.device):
-        terminal.notice(IN_FLOAT32)
-        recipe = recipe.on(job.device)
     if Group.current().leads:
         for file in (job.save_recipe, None if job.resume is None else user_path(job.resume) / "recipe.toml"):
             if file is not None:

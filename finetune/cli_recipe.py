@@ -20,7 +20,18 @@ from .mixing import CutMix, Mixup
 from .precision import BFloat16, Float32
 from .recipe import TrainingRecipe, read_recipe
 from .schedule import EMA, EarlyStopping, Schedule
-from .strategies import SLTT, STBP, WIDER, EverySlice, Hybrid, OncePerBatch, Progressive, Strategy, TimeSliced
+from .strategies import (
+    SLTT,
+    STBP,
+    WIDER,
+    EverySlice,
+    Hybrid,
+    OncePerBatch,
+    Progressive,
+    Strategy,
+    TimeSliced,
+    default_qcfs,
+)
 
 _RATE = click.FloatRange(min=0, min_open=True)
 _SHARE = click.FloatRange(0, 1)
@@ -222,7 +233,7 @@ class Wishes:
                         f"--qcfs-epochs {first} leaves nothing of --epochs {epochs} for the spiking network. Lower it."
                     )
                 if first > 0:
-                    qcfs = self._wished(gentle(first, batches, seed), last=False)
+                    qcfs = self._wished(replace(gentle(first, batches, seed), lr=default_qcfs().lr), last=False)
                     return Hybrid(qcfs, last), self._wished(gentle(epochs - first, batches, seed), last=True)
         return last, self._wished(plain, last=True)
 

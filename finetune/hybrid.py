@@ -79,14 +79,30 @@ def start_from_relu(model: nn.Module, ann: nn.Module, images: Tensor) -> None:
             f"{type(model).__name__}: has no QCFS activation, so it cannot start from a ReLU network's thresholds; "
             "expected one with QCFS. Leave ann out of the recipe, or name such an architecture."
         )
+    _check_layers(model, ann)
     found = convert(ann, levels, data=images, calibration=MinError())
     try:
         model.load_state_dict(qcfs_network(found.prepared, found.calibration, levels).state_dict())
     except RuntimeError as error:
         raise ArgumentError(
-            f"{type(model).__name__}: the weights of this {type(ann).__name__} do not fit ({error}); expected the same "
-            "layers with ReLU in the place of QCFS. Name another ann."
+            f"{type(model).__name__}: its QCFS do not take the thresholds of this {type(ann).__name__} "
+            f"({str(error).splitlines()[1].strip()}); expected QCFS(levels, channels=C), with a θ for each channel, "
+            "where the other has its activations. Make them so."
         ) from error
+
+
+def _check_layers(model: nn.Module, ann: nn.Module) -> None:
+    """Refuse a network whose weights another does not take."""
+    activations = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, QCFS))
+    expected = {name: list(x.shape) for name, x in model.state_dict().items() if not name.startswith(activations)}
+    found = {name: list(x.shape) for name, x in ann.state_dict().items()}
+    for name in (*found, *expected):
+        if found.get(name) != expected.get(name):
+            raise ArgumentError(
+                f"{type(model).__name__}: the weights of this {type(ann).__name__} do not fit: its {name} is "
+                f"{found.get(name, 'missing')}; expected {expected.get(name, 'nothing of that name')}, as the layers "
+                "must be the same but for ReLU in the place of QCFS. Name another ann."
+            )
 
 
 def over_frames(network: nn.Module, recipe: Recipe) -> nn.Module:

@@ -71,7 +71,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def in_float32(plain: Any) -> Any:
-    """Return a recipe's plain values with float32, channels last, in place of bfloat16.
+    """Return a recipe's plain values with float32 in place of bfloat16, in the same order of memory.
 
     >>> in_float32({"epochs": 3, "precision": {"type": "BFloat16"}})
     {'epochs': 3, 'precision': {'type': 'Float32', 'channels_last': True}}
@@ -81,7 +81,7 @@ def in_float32(plain: Any) -> Any:
     if not isinstance(plain, Mapping):
         return plain
     if plain.get("type") == BFloat16.__name__:
-        return plain_value(Float32(channels_last=True))
+        return plain_value(Float32(plain.get("channels_last", BFloat16().channels_last)))
     return {key: in_float32(value) for key, value in plain.items()}
 
 

@@ -104,6 +104,13 @@ def _sum(terms: Sequence[Tensor | None]) -> Tensor:
     return functools.reduce(torch.add, [term for term in terms if term is not None])
 
 
+def _alike(one: object, other: object) -> bool:
+    """Whether two summands are tensors of one shape and dtype; one may be a number."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
+    return (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
 class FrozenSite(SpikingSite):
     """The neurons of a :class:`SpikingSite` with θ, λ, μ and the start as constants.
 
@@ -156,8 +163,7 @@ class FrozenSite(SpikingSite):
         Raises:
             StateError: as :meth:`SpikingSite.forward`.
         """
-        alike = isinstance(other, Tensor) and (other.shape, other.dtype) == (current.shape, current.dtype)
-        if other is not None and not alike:
+        if other is not None and not _alike(current, other):
             current, other = current + other, None
         steps = self.time.steps
         kernel = choose(current, steps=steps, training=True, worth=WORTH_COMPILING)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as every_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batch_norm import PendingCurrent
@@ -43,6 +44,7 @@ class _Deferred3d(_Deferred, nn.BatchNorm3d):
     pass
 
 
+HOOKS = ("forward", "forward_pre", "backward", "backward_pre")
 DEFERRED = {nn.BatchNorm1d: _Deferred1d, nn.BatchNorm2d: _Deferred2d, nn.BatchNorm3d: _Deferred3d}
 
 
@@ -111,13 +113,10 @@ def _feeds_neurons(node: fx.Node, modules: dict[str, nn.Module], *, summed: bool
         return _feeds_neurons(user, modules, summed=summed)
     if plain_sum(user) and not summed:
         return _feeds_neurons(user, modules, summed=True)
-    return type(module) is SpikingSite and not (module._forward_pre_hooks or _hooked_backwards(module))
+    return type(module) is SpikingSite and not _hooked(module)
 
 
 def _hooked(module: nn.Module) -> bool:
     """Whether anything else looks at what goes through a module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or _hooked_backwards(module)
-
-
-def _hooked_backwards(module: nn.Module) -> bool:
-    return bool(module._backward_hooks or module._backward_pre_hooks)
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or any(getattr(every_module, f"_global_{kind}_hooks") for kind in HOOKS)

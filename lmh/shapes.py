@@ -20,13 +20,16 @@ from .structures import each_shape, example_tensor, leaves_of, tensors_of
 BATCHES = (2, 3)
 MOST_REMEMBERED = 2**14
 _META = torch.device("meta")
+_MISSING = object()
+_OPERATORS = "add sub mul matmul truediv floordiv mod pow lshift rshift and or xor"
+_WRITERS = {"__set__", "__setitem__", *(f"__i{name}__" for name in _OPERATORS.split())}
 _known: dict[Hashable, Any] = {}
 
 
 class _OnMeta(TorchFunctionMode):
     """Functions run on the meta device if one of their tensors is there; the others join it, and nothing is changed.
 
-    What comes of parameters and constants alone is computed, as a network may read it.
+    What comes of parameters and constants alone is computed, as a network may read it; what is written to is a copy.
     """
 
     def __torch_function__(
@@ -36,7 +39,7 @@ class _OnMeta(TorchFunctionMode):
         tensors = list(_tensors((args, kwargs)))
         if any(tensor.is_meta for tensor in tensors):
             return _remembered(func, args, kwargs)
-        if tensors and _in_place(func):
+        if tensors and (_writes(func, kwargs) or kwargs.get("inplace")):
             args, kwargs = tree_map(_copied, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -57,19 +60,19 @@ def _remembered(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
     torch finds shapes in Python, a millisecond for a function, and a network does the same again and again.
     """
-    if func.__name__ == "__get__" or _in_place(func) or "out" in kwargs:
+    if func.__name__ == "__get__" or _writes(func, kwargs):
         return _called(func, args, kwargs)
     try:
         key = (func, _signature(args), _signature(kwargs), torch.get_default_dtype(), torch.is_inference_mode_enabled())
-        known = key in _known
+        value = _known.get(key, _MISSING)
     except (TypeError, RuntimeError):  # a value without a hash, a tensor without strides
         return _called(func, args, kwargs)
-    if not known:
-        if len(_known) == MOST_REMEMBERED:
+    if value is _MISSING:
+        value = _apart(_called(func, args, kwargs))
+        if len(_known) >= MOST_REMEMBERED:
             _known.clear()
-        _known[key] = _called(func, args, kwargs)
-    value = _known[key]
-    return value.detach() if isinstance(value, Tensor) else tree_map(_detached, value)
+        _known[key] = value
+    return _apart(value)
 
 
 def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -99,6 +102,11 @@ def _signature(value: Any) -> Hashable:
     return type(value), value
 
 
+def _apart(value: Any) -> Any:
+    """Return tensors whose shapes can change while those of ``value`` stay."""
+    return value.detach() if isinstance(value, Tensor) else tree_map(_detached, value)
+
+
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
@@ -113,9 +121,10 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _in_place(func: Callable[..., Any]) -> bool:
+def _writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Tell whether a function changes a tensor that it is given."""
     name = getattr(func, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
+    return (name.endswith("_") and not name.endswith("__")) or name in _WRITERS or "out" in kwargs
 
 
 class _Recorder(fx.Interpreter):
@@ -156,7 +165,7 @@ def node_values(model: fx.GraphModule, input_shape: Sequence[Any]) -> dict[fx.No
         ArgumentError: if the input does not fit, with the node where it showed.
     """
     recorder = _Recorder(model)
-    with torch.no_grad(), _OnMeta():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _OnMeta():
         parameter = example_tensor(model)
         recorder.run(*(torch.empty(shape, dtype=parameter.dtype, device=_META) for shape in each_shape(input_shape)))
     return recorder.values

@@ -74,7 +74,8 @@ class LMH:
         ranges: what λ and μ can reach.
         surrogate: ds/du of the backward pass.
         reset: whether a gradient passes the reset; unless given ``AttachedReset()`` from an IF start, which conserves
-            charge, and the paper's ``DetachedReset()`` from a LIF start.
+            charge, and the paper's ``DetachedReset()`` from a LIF start. A surrogate that exceeds 1, such as
+            ``Triangle(0.25)``, wants ``DetachedReset()``: through the reset its gradients grow with T.
     """
 
     preset: IF | LIF = field(default_factory=IF)

@@ -230,6 +230,10 @@ class Restless(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls.add_(1)
+        self.constant[:2] = 3
+        calls = self.calls
+        calls += torch.add(calls, torch.rand(()), out=calls)
+        F.threshold(self.constant, 5, 9, inplace=True)
         x = (x.to("cpu") + self.constant).to(device=torch.device("cpu")).cpu()
         return x.repeat(1, int(self.weight.item())) + torch.arange(8, device=x.device)
 
@@ -239,9 +243,12 @@ def test_values_change_nothing_and_know_constants() -> None:
     tracer.is_leaf_module = lambda module, name: True  # type: ignore[method-assign]
     model = nn.Sequential(Restless())
     graph = fx.GraphModule(model, tracer.trace(model))
+    before = torch.get_rng_state()
     *_, output = node_values(graph, (3, 4)).values()
     assert (output.shape, output.device.type) == ((3, 8), "meta")
     assert model[0].calls == 0
+    assert model[0].constant.tolist() == [1, 1, 1, 1]
+    assert torch.equal(torch.get_rng_state(), before)
     assert model[0](torch.zeros(3, 4)).shape == (3, 8)
 
 
@@ -265,8 +272,14 @@ def test_what_is_remembered_of_shapes_depends_on_nothing_else() -> None:
     class Net(nn.Module):
         def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
             halves = torch.split(x, 2, dim=1)
-            grown = torch.add(halves[0], 1).unsqueeze_(0)  # changes the shape of what torch.add gave
-            return [grown, halves[1][:, :1], torch.add(halves[0], 1.5), torch.zeros_like(x, dtype=torch.bool).int()]
+            grown = torch.add(halves[0], 1).contiguous().unsqueeze_(0)  # of what both gave
+            return [
+                grown,
+                torch.add(halves[0], 1).contiguous(),
+                halves[1][:, :1],
+                torch.add(halves[0], 1.5),
+                torch.zeros_like(x, dtype=torch.bool).int(),
+            ]
 
     graph = fx.symbolic_trace(Net())
     expected = [leaf.shape for leaf in graph(torch.zeros(3, 4))]
@@ -274,5 +287,5 @@ def test_what_is_remembered_of_shapes_depends_on_nothing_else() -> None:
         graph.register_buffer("kind", torch.zeros((), dtype=dtype))
         first, second = ([*node_values(graph, (3, 4)).values()][-1] for _ in range(2))
         assert [leaf.shape for leaf in first] == [leaf.shape for leaf in second] == expected
-        assert [leaf.dtype for leaf in first] == [dtype, dtype, dtype, torch.int32]
+        assert [leaf.dtype for leaf in first] == [dtype, dtype, dtype, dtype, torch.int32]
         assert not any(one is other for one, other in zip(first, second, strict=True))

@@ -105,6 +105,22 @@ def test_sums_in_front_of_neurons_are_theirs() -> None:
     assert len(sites(deploy(conversion))) == len(sites(conversion.snn))
 
 
+@pytest.mark.parametrize("add", [lambda x, size: x + size, lambda x, size: size + x], ids=["behind", "in front"])
+def test_a_number_is_added_as_well(add: Callable[[Tensor, float], Tensor]) -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.relu, self.second, self.last = nn.Linear(6, 6), nn.ReLU(), nn.ReLU(), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.second(add(self.relu(self.first(x)), x.size(1) * 0.1)))
+
+    torch.manual_seed(0)
+    x = torch.rand(16, 6)
+    conversion = convert(Sized().eval(), 4, data=x)
+    assert torch.allclose(deploy(conversion)(x), conversion.snn(x), atol=1e-5)
+
+
 def test_the_zoo_network_keeps_accuracy_rates_and_work() -> None:
     snn, card = load("zoo:digits-cnn-t4"), zoo.card("digits-cnn")
     test = zoo.Batches(zoo.load_data("digits").test, card.preprocessing)

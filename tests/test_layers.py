@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from lmh import Kernel, carry_state, fused, fused_layers, kernels, per_step, recompute, use_kernel
@@ -30,7 +31,7 @@ T, N, C = 3, 4, 5
 
 
 @pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def compiled_without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """COMPILED without its compiler: the same passes as they are."""
     monkeypatch.setattr(kernels, "can_compile", lambda device: True)
     for module in (fused, norms):
@@ -70,7 +71,7 @@ def layer(norm: nn.Module, site: SpikingSite, x: Tensor, shortcut: Tensor | None
 @pytest.mark.parametrize("summed", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("order", [Tensor.contiguous, last], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("granularity", [PerLayer(), PerChannel(), PerStep()], ids=repr)
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("compiled_without_compiler")
 def test_a_layer_is_the_same_as_its_parts(
     granularity: object, order: Callable[[Tensor], Tensor], summed: bool, static: bool, shape: tuple[int, ...]
 ) -> None:
@@ -114,7 +115,7 @@ def test_a_network_trains_the_same_compiled() -> None:
         assert torch.allclose(ours.double(), theirs.double(), rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("compiled_without_compiler")
 @pytest.mark.parametrize("bits", [False, True], ids=["kept", "recomputed"])
 def test_slices_carry_their_state(bits: bool) -> None:
     gradients = []
@@ -133,7 +134,7 @@ def test_slices_carry_their_state(bits: bool) -> None:
         assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("compiled_without_compiler")
 def test_what_is_computed_again_for_a_fused_layer_is_what_it_had() -> None:
     gradients = []
     for kept in (True, False):
@@ -157,7 +158,7 @@ def test_other_kernels_compute_the_current_as_ever(kernel: Kernel) -> None:
     assert all(torch.equal(a, b) for a, b in zip(fusing.buffers(), plain.buffers(), strict=True))
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("compiled_without_compiler")
 def test_what_does_not_train_is_left_alone() -> None:
     snn, x = network(), torch.rand(2, 3, 32, 32)
     plain = copy.deepcopy(snn)
@@ -168,7 +169,7 @@ def test_what_does_not_train_is_left_alone() -> None:
         assert torch.equal(snn(x), plain(x))
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("compiled_without_compiler")
 def test_the_network_is_as_before_behind_the_block() -> None:
     snn, x = network(), torch.rand(2, 3, 32, 32)
     before = dict(snn.named_modules())
@@ -190,12 +191,16 @@ def test_it_takes_the_norms_in_front_of_neurons_alone() -> None:
     snn.get_submodule("bn1").register_forward_hook(lambda *_: None)
     snn.get_submodule("layer1.0.bn1").register_full_backward_hook(lambda *_: None)
     snn.get_submodule("layer1.0.relu2").register_forward_pre_hook(lambda *_: None)
-    assert fusible(snn) == first[3:]
+    snn.get_submodule("layer2.0.relu1").register_forward_hook(lambda *_: None)  # is given the current as well
+    assert fusible(snn) == first[4:]
+    every = register_module_forward_hook(lambda *_: None)
+    assert fusible(snn) == []
+    every.remove()
     for norm in (TEBN(), TdBN()):
         assert fusible(network(normalisation=norm)) == ["bn1"]  # which is constant, and stays as it is
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("compiled_without_compiler")
 @pytest.mark.parametrize("options", [{"momentum": None}, {"track_running_stats": False}, {"momentum": 0.5}], ids=str)
 def test_running_statistics_learn_as_ever(options: dict[str, Any]) -> None:
     ours, theirs = nn.BatchNorm2d(C, **options).double(), nn.BatchNorm2d(C, **options).double()
@@ -210,7 +215,7 @@ def test_running_statistics_learn_as_ever(options: dict[str, Any]) -> None:
         assert torch.allclose(a.double(), b.double(), rtol=1e-10)
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("compiled_without_compiler")
 def test_a_mean_far_from_zero_costs_no_digits() -> None:
     x = 1e4 + torch.randn(16, C, 32, 32, generator=torch.Generator().manual_seed(0))
     mean, deviation = PendingCurrent(nn.BatchNorm2d(C), x).measured()
@@ -232,7 +237,7 @@ def test_a_second_sum_is_added_to_the_computed_current() -> None:
     assert torch.equal(pending + x[:1], copy.deepcopy(norm)(x) + x[:1])
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("compiled_without_compiler")
 def test_what_neither_neurons_nor_inputs_want_still_reaches_the_gain() -> None:
     snn, x = network().double(), torch.rand(4, 3, 32, 32, dtype=torch.float64)
     plain = copy.deepcopy(snn)
@@ -246,7 +251,7 @@ def test_what_neither_neurons_nor_inputs_want_still_reaches_the_gain() -> None:
         assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("compiled_without_compiler")
 def test_a_downsampling_block_has_two_batch_norms_and_one_sum() -> None:
     torch.manual_seed(0)
     ann, x = torchvision().models.resnet18(num_classes=10), torch.rand(4, 3, 64, 64)
@@ -268,7 +273,7 @@ def test_the_trainer_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [snn, snn]
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("compiled_without_compiler")
 def test_sixteen_bits_are_normalised_in_thirty_two() -> None:
     x = 100 + torch.randn(8, C, 8, 8, generator=torch.Generator().manual_seed(0))
     norm, site = nn.BatchNorm2d(C).bfloat16(), SpikingSite(TimeAxis(2), torch.tensor(0.5), torch.tensor(0.5), LMH())

@@ -211,8 +211,11 @@ def test_a_qcfs_network_starts_from_a_relu_network_and_a_spiking_one_from_it(wri
     written("again", 'ann = "relu"\n' + relu)
     for arguments, words in (
         (("again.toml", "--ann", "out/relu.safetensors"), "CifarResNet: has no QCFS activation"),
-        (("qcfs.toml", "--ann", "other.pt"), "do not fit (Error(s) in loading state_dict for CifarResNet: Missing key"),
-        (("qcfs.toml", "--ann", "zoo:digits-cnn"), "does not fit"),
+        (
+            ("qcfs.toml", "--ann", "other.pt"),
+            "do not fit: its layer2.0.shortcut.0.weight is missing; expected [32, 16, 1, 1]",
+        ),
+        (("qcfs.toml", "--ann", "zoo:digits-cnn"), "the weights of this DigitsCNN do not fit: its stem.0.weight is"),
     ):
         found = command("zoo", "train", *arguments, "--data", "npz:ten.npz", "--out", "odd")
         assert found.status != 0

@@ -23,9 +23,10 @@ Accuracies in % on n samples of the test split. "not run" says that nobody train
 spikes were trained.
 
 The paper is Hao et al., ICLR 2024. Its Table 3 tests each network at T = 4, 6 and 8; its figure here is that of the T
-that ours is trained and measured at. Where it states no setting, the recipes' are ours. Those of the baselines name a
-method, not its authors' run: they have LIF neurons with a leak of 0.5, the thresholds that calibration finds, and the
-augmentation of the other rows. On Tiny-ImageNet images are padded and cropped by 4 pixels.
+that ours is trained and measured at. Where it states no setting, the recipes' are ours. From an IF start a gradient
+passes the reset, which the paper's does not. Those of the baselines name a method, not its authors' run: they have LIF
+neurons with a leak of 0.5, the thresholds that calibration finds, and the augmentation of the other rows. On
+Tiny-ImageNet images are padded and cropped by 4 pixels.
 """
 
 

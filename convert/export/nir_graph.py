@@ -118,11 +118,11 @@ class Translation:
                 self.problems.append(f"{label(node)}: {describe(node)} {error}")
                 self._env[node] = pytree.tree_map(self._stand_in, self._values[node])
 
-    def _stand_in(self, fake: Any) -> Any:
+    def _stand_in(self, value: Any) -> Any:
         """Return a value of the shape that a node would have had, for a file that will not be written."""
-        if not isinstance(fake, Tensor):
-            return fake
-        name, shape = f"stand-in {len(self.builder.shapes)}", tuple(int(size) for size in fake.shape[1:]) or (1,)
+        if not isinstance(value, Tensor):
+            return value
+        name, shape = f"stand-in {len(self.builder.shapes)}", tuple(int(size) for size in value.shape[1:]) or (1,)
         self.builder.shapes[name] = shape
         return output_of(name, shape)
 
