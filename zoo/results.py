@@ -18,9 +18,9 @@ TITLES = {1: "STBP", 2: "Hybrid training", 3: "Time slices"}
 HEAD = """# Results
 
 Written by `lmh zoo results FOLDER… --output FILE` from the cards of the package and of folders (here docs/results).
-Accuracies in % on n samples of the test split. "not run" says that nobody trained the recipe yet: `lmh zoo train RECIPE
---data SPEC --out DIR` does. "ANN" is the network that a spiking one started from, "after QCFS" what it was before its
-spikes were trained.
+Accuracies in % on n samples of the test split. "not run" says that no card of it is here: `lmh zoo train RECIPE
+--data SPEC --out DIR` makes one. "ANN" is the network that a spiking one started from, "after QCFS" what it was before
+its spikes were trained.
 
 The paper is Hao et al., ICLR 2024. Its Table 3 tests each network at T = 4, 6 and 8; its figure here is that of the T
 that ours is trained and measured at. Where it states no setting, the recipes' are ours. From an IF start a gradient
