@@ -268,7 +268,7 @@ def test_a_network_that_torch_export_cannot_trace_is_refused(tmp_path: Path, mon
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])
 def test_torchvision_networks_in_onnxruntime(name: str, tmp_path: Path) -> None:
-    """No further from the network than its own run in float64: in a deep one every flip moves what follows."""
+    """The same up to rounding, but for the few samples in which a spike flips and moves what follows."""
     torch.manual_seed(0)
     x = torch.randn(100, 3, 64, 64)
     ann = settled(getattr(torchvision().models, name)(weights=None), x[:32])
@@ -276,10 +276,14 @@ def test_torchvision_networks_in_onnxruntime(name: str, tmp_path: Path) -> None:
     result = export_onnx(conversion, tmp_path / "net.onnx")
     with torch.no_grad():
         got, expected = onnx_answers(result.file, x), conversion.snn(x)
-        rounding = copy.deepcopy(conversion.snn).double()(x.double()) - expected
         for site in sites(conversion.snn).values():
             site.base_threshold *= 1.01
         wrong = conversion.snn(x)
     assert float((got.argmax(1) == expected.argmax(1)).float().mean()) >= 0.95
-    assert mean_size(got - expected) < 2 * mean_size(rounding) + 1e-3 * mean_size(expected)
-    assert mean_size(wrong - expected) > 2 * mean_size(rounding) + 1e-3 * mean_size(expected)
+    assert of_most(got - expected) < 1e-5 * mean_size(expected) < of_most(wrong - expected) / 1e3
+    assert mean_size(got - expected) < mean_size(wrong - expected) / 10
+
+
+def of_most(x: torch.Tensor) -> float:
+    """The median of the samples' mean sizes."""
+    return float(x.abs().mean(1).median())
