@@ -235,7 +235,8 @@ def test_the_converter_finds_the_same_sites_as_in_the_torch_model(dynamo: bool, 
     assert len(sites(from_file.snn)) == 17
     with torch.no_grad():
         got, expected = from_file.snn(images), from_torch.snn(images)
-    assert float((got - expected).abs().mean()) < 0.01 * float((expected - expected.mean(0)).abs().mean())
+    differences = (got - expected).abs().mean(1)  # a spike that flips moves what follows, in few images
+    assert float(differences.median()) < 1e-5 * float((expected - expected.mean(0)).abs().mean())
 
 
 def test_parameter_names_are_those_of_the_torch_model(tmp_path: Path) -> None:
