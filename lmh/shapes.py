@@ -60,7 +60,7 @@ def _remembered(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
     torch finds shapes in Python, a millisecond for a function, and a network does the same again and again.
     """
-    if func.__name__ == "__get__" or _writes(func, kwargs):
+    if _name(func) == "__get__" or _writes(func, kwargs):
         return _called(func, args, kwargs)
     try:
         key = (func, _signature(args), _signature(kwargs), torch.get_default_dtype(), torch.is_inference_mode_enabled())
@@ -123,8 +123,12 @@ def _copied(value: Any) -> Any:
 
 def _writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     """Tell whether a function changes a tensor that it is given."""
-    name = getattr(func, "__name__", "")
+    name = _name(func)
     return (name.endswith("_") and not name.endswith("__")) or name in _WRITERS or "out" in kwargs
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", "")
 
 
 class _Recorder(fx.Interpreter):
