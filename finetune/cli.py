@@ -227,8 +227,8 @@ def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
     torch.manual_seed(job.amounts.seed)
     spiking = job.timesteps is None
     start, recipe = _from_snn(job, wishes, terminal) if spiking else _from_ann(job, wishes, terminal)
-    if wishes.recipe is not None and recipe != recipe.on(job.device):
-        start, recipe = replace(start, notices=(*start.notices, IN_FLOAT32)), recipe.on(job.device)
+    if wishes.recipe is not None and recipe != (able := recipe.on(job.device)):
+        start, recipe = replace(start, notices=(*start.notices, IN_FLOAT32)), able
     for notice in start.notices:
         terminal.notice(notice)
     if Group.current().leads:

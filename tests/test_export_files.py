@@ -280,10 +280,7 @@ def test_torchvision_networks_in_onnxruntime(name: str, tmp_path: Path) -> None:
             site.base_threshold *= 1.01
         wrong = conversion.snn(x)
     assert float((got.argmax(1) == expected.argmax(1)).float().mean()) >= 0.95
-    assert of_most(got - expected) < 1e-5 * mean_size(expected) < of_most(wrong - expected) / 1e3
-    assert mean_size(got - expected) < mean_size(wrong - expected) / 10
-
-
-def of_most(x: torch.Tensor) -> float:
-    """The median of the samples' mean sizes."""
-    return float(x.abs().mean(1).median())
+    moved, away = ((x - expected).abs().mean(1) / mean_size(expected) for x in (got, wrong))
+    assert moved.quantile(0.9) < 1e-5
+    assert away.quantile(0.1) > 1e-2
+    assert moved.mean() < away.mean() / 10

@@ -227,7 +227,7 @@ def test_open_image_sizes_stay_open(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["older", "dynamo"])
 def test_the_converter_finds_the_same_sites_as_in_the_torch_model(dynamo: bool, tmp_path: Path) -> None:
     model = image_model("resnet18")
-    images = torch.randn(8, 3, 64, 64)
+    images = torch.randn(32, 3, 64, 64)
     file = export(model, images[:1], tmp_path / "resnet18.onnx", opset=None, dynamo=dynamo)
     from_file = convert(import_onnx(file), 4, data=images)
     from_torch = convert(model, 4, example_input=images, calibration=from_file.calibration)
@@ -235,8 +235,8 @@ def test_the_converter_finds_the_same_sites_as_in_the_torch_model(dynamo: bool, 
     assert len(sites(from_file.snn)) == 17
     with torch.no_grad():
         got, expected = from_file.snn(images), from_torch.snn(images)
-    differences = (got - expected).abs().mean(1)  # a spike that flips moves what follows, in few images
-    assert float(differences.median()) < 1e-5 * float((expected - expected.mean(0)).abs().mean())
+    moved = (got - expected).abs().mean(1) / (expected - expected.mean(0)).abs().mean()
+    assert moved.quantile(0.8) < 1e-5  # in few images a spike flips and moves what follows
 
 
 def test_parameter_names_are_those_of_the_torch_model(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_every_block_comes_nearer_to_the_ann_and_so_does_the_answer(timesteps: i
     assert all(result.after <= result.before for result in results)
     assert results[-1].after < 0.9 * results[-1].before
     assert after.output_error < 0.95 * before.output_error
+    assert sum(after.snn_accuracy) > sum(before.snn_accuracy)
 
 
 def test_only_what_may_change_changes() -> None:
