@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from ..resets import AttachedReset, DetachedReset, Reset
-from ..spiking import LIF, LMH, PerChannel, PerStep
+from ..spiking import IF, LIF, LMH, PerChannel, PerStep
 from ..zoo.augmentation import Augmentation, AutoAugment, Cutout, InTurn
 from ..zoo.images import Batches
 from .batch_norm import FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
@@ -53,7 +53,7 @@ _OPTIONS = (
     click.option("--leak", type=click.FloatRange(0, 1, min_open=True), help="λ of progressive's LIF start; 0.5."),
     click.option(
         "--membrane", type=click.Choice(["layer", "channel", "step", "wider"]),
-        help="Progressive's λ and μ: one for each layer, channel or step, or wider ranges.",
+        help="λ and μ of an ANN's neurons: one for each layer, channel or step (θ too), or wider ranges; layer.",
     ),
     click.option(
         "--reset", type=click.Choice(list(RESETS)),
@@ -161,7 +161,7 @@ class Wishes:
         needs = {
             "slice_steps": ("time-sliced", "hybrid"), "accumulate": ("time-sliced", "hybrid"),
             "qcfs_epochs": ("hybrid", None), "qcfs_lr": ("hybrid", None), "qcfs_warmup": ("hybrid", None),
-            "leak": ("progressive",), "membrane": ("progressive",),
+            "leak": ("progressive",),
         }  # fmt: skip
         for name, strategies in needs.items():
             value = getattr(self, name)
@@ -216,16 +216,16 @@ class Wishes:
     def _stages(self, spiking: bool, batches: int, seed: int) -> tuple[Strategy, Schedule]:
         epochs = self.epochs or 10
         name = self.strategy or ("stbp" if spiking else "hybrid")
-        neuron = LMH(reset=self._reset)
+        neuron = self._neuron(LIF(0.5 if self.leak is None else self.leak) if name == "progressive" else IF())
         last: STBP | TimeSliced = STBP(neuron)
         if self.slice_steps is not None:
             last = TimeSliced(self.slice_steps, OncePerBatch() if self.accumulate else EverySlice(), neuron)
         plain = Schedule(epochs=epochs, seed=seed)
         match name:
             case "progressive":
-                return Progressive(self._progressive()), self._wished(plain, last=True)
+                return Progressive(neuron), self._wished(plain, last=True)
             case "sltt":
-                return SLTT(), self._wished(plain, last=True)
+                return SLTT(neuron), self._wished(plain, last=True)
             case "hybrid" if not spiking:
                 first = self.qcfs_epochs or qcfs_epochs(epochs)
                 if first >= epochs:
@@ -237,13 +237,9 @@ class Wishes:
                     return Hybrid(qcfs, last), self._wished(gentle(epochs - first, batches, seed), last=True)
         return last, self._wished(plain, last=True)
 
-    @property
-    def _reset(self) -> Reset | None:
-        return None if self.reset is None else RESETS[self.reset]
-
-    def _progressive(self) -> LMH:
-        """The neurons of progressive training."""
-        plain = LMH(LIF(0.5 if self.leak is None else self.leak), reset=self._reset)
+    def _neuron(self, start: IF | LIF) -> LMH:
+        """Return the neurons that an ANN is converted to."""
+        plain = LMH(start, reset=None if self.reset is None else RESETS[self.reset])
         match self.membrane:
             case "channel":
                 return replace(plain, granularity=PerChannel())

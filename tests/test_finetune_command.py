@@ -173,6 +173,8 @@ class TestTheOptions:
             ),
             (("--strategy", "progressive", "--membrane", "step"), Progressive(LMH(LIF(), PerStep()))),
             (("--strategy", "progressive", "--membrane", "wider"), Progressive(LMH(LIF(), ranges=WIDER))),
+            (("--strategy", "stbp", "--membrane", "step"), STBP(LMH(granularity=PerStep()))),
+            (("--strategy", "sltt", "--membrane", "channel"), SLTT(LMH(granularity=PerChannel()))),
             (("--strategy", "time-sliced", "--slice", 1), TimeSliced(1, EverySlice())),
             (("--strategy", "time-sliced", "--slice", 1, "--accumulate"), TimeSliced(1, OncePerBatch())),
             (("--strategy", "sltt"), SLTT()),
@@ -186,9 +188,10 @@ class TestTheOptions:
 
     def test_hybrid_with_stages_of_their_own(self) -> None:
         recipe = wished("--strategy", "hybrid", "--epochs", 9, "--qcfs-epochs", 4, "--qcfs-lr", 0.004, "--lr", 0.002,
-                        "--slice", 2, "--label-smoothing", 0.1, "--neuron-lr", 0.003)  # fmt: skip
+                        "--slice", 2, "--label-smoothing", 0.1, "--neuron-lr", 0.003,
+                        "--membrane", "step")  # fmt: skip
         assert isinstance(recipe.strategy, Hybrid)
-        assert recipe.strategy.then == TimeSliced(2)
+        assert recipe.strategy.then == TimeSliced(2, neuron=LMH(granularity=PerStep()))
         first, second = recipe.strategy.qcfs, recipe.schedule
         assert [(stage.epochs, stage.lr, stage.neuron_lr) for stage in (first, second)] == [
             (4, 0.004, 0.003), (5, 0.002, 0.003)
