@@ -47,7 +47,7 @@ from lmh.time_axis import prefixes
 from lmh.torchvision_shim import torchvision
 
 QUICK = ("resnet18", "squeezenet1_1", "mobilenet_v2", "mobilenet_v3_small")
-SMALLEST = {"inception_v3": 96, "maxvit_t": 224}
+SMALLEST = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 518}
 TRANSFORMERS = ("vit_", "swin_")
 PREPARED_ONLY = ("vit_h_14", "regnet_y_128gf")
 SAMPLES = 16
@@ -84,7 +84,7 @@ class Outcome:
 
 def input_size(name: str) -> int:
     """Return the smallest input that a model takes, at least 64 pixels."""
-    return 224 if name.startswith(TRANSFORMERS) else SMALLEST.get(name, 64)
+    return SMALLEST.get(name, 224 if name.startswith(TRANSFORMERS) else 64)
 
 
 def centred_cosine(a: Tensor, b: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import zoo
 from ..torchvision_shim import torchvision
-from ..zoo.registry import TORCHVISION, Card
+from ..zoo.registry import TORCHVISION, Card, architecture
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -159,9 +159,9 @@ def _candidates(shapes: Shapes, begun: Callable[[Shapes, Card], list[str]]) -> I
     The members of a family share the names of their first and last tensor, so that one of each family shows whether
     the others are worth building.
     """
-    yield from map(zoo.card, zoo.list_architectures())
+    yield from map(architecture, zoo.list_architectures())
     for names in _families():
-        cards = [zoo.card(TORCHVISION + name) for name in names]
+        cards = [architecture(TORCHVISION + name) for name in names]
         if begun(shapes, cards[0]):
             yield from cards
 
@@ -210,7 +210,7 @@ def _shapes(name: str, num_classes: int) -> Shapes | None:
     """Names and shapes of an architecture's tensors, or None if it cannot be built with so many classes."""
     try:
         with EmptyOnMeta():
-            model = zoo.card(name).build(num_classes=num_classes)
+            model = architecture(name).build(num_classes=num_classes)
     except (TypeError, ValueError, RuntimeError):
         return None
     return shapes_of(model.state_dict())

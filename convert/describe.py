@@ -84,7 +84,7 @@ def describe_card(name: str) -> dict[str, Any]:
     if name.startswith(TORCHVISION):
         home, named, weights = "torchvision", name, "torchvision's, downloaded when it is converted"
     elif name in model_names():
-        place = "in this package" if packaged(name) else "downloaded when they are wanted"
+        place = "in this package" if packaged(zoo.model_card(name)) else "downloaded when they are wanted"
         weights = f"{place}; `lmh zoo show {name}` says how they were trained"
     else:
         named, note, weights = f"FILE --arch {card.name}", " (FILE: of weights)", "none"

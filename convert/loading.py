@@ -15,7 +15,7 @@ from ..artifact import file_digest, read_metadata, user_path
 from ..errors import ArchitectureError, ArgumentError, SourceError
 from ..structures import INPUT_SIZE
 from ..zoo.images import preprocessing_of
-from ..zoo.registry import TORCHVISION, Card
+from ..zoo.registry import TORCHVISION, TRANSFORMING, Card
 from .architectures import SHOWN, Fit, differences, fits, nearest, recognised, shapes_of, some
 from .checkpoints import chosen, is_average
 from .files import FileKind, kind_of_file, read_object, refuse_export
@@ -255,6 +255,11 @@ def _said(fit: Fit, state: Mapping[str, Tensor], *, named: bool) -> list[str]:
     copies = [other.prefix.removesuffix(".") for other in fits(shapes_of(state), fit.card) if other != fit]
     if copies:
         notices.append(f"There are other weights of the same form: --entry {copies[0]} takes those.")
+    if fit.card.name.removeprefix(TORCHVISION) in TRANSFORMING:
+        notices.append(
+            f"Taken as torchvision's pretrained {fit.card.name.removeprefix(TORCHVISION)}, which transforms its input "
+            "(transform_input=True). If yours does not, pass the whole module."
+        )
     if not named:
         notices.append(f"Recognised {fit.card.name} with {fit.num_classes} classes from names and shapes.")
     return notices

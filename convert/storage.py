@@ -20,6 +20,7 @@ from ..records import Calibration, frozen_value, plain_value
 from ..resets import AttachedReset, DetachedReset
 from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, sites
 from ..surrogates import Arctan, Dspike, Rectangle, Sigmoid, Triangle
+from ..zoo.registry import architecture
 from .files import check_saved
 from .loading import load_again
 from .maxpool import AveragePool, BeforeNeuron, Gated, WhereExact
@@ -328,7 +329,7 @@ def _architecture(
             f"{path}: was made from {record['name'] or 'a module of your own'}, which cannot be built by name and is "
             "not there unchanged. Pass it: load(file, source=model), on the command line --source FILE."
         )
-    return zoo.card(record["architecture"]).build(num_classes=record["num_classes"])
+    return architecture(record["architecture"]).build(num_classes=record["num_classes"])
 
 
 def _stored_calibration(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:

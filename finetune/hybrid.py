@@ -79,7 +79,7 @@ def start_from_relu(model: nn.Module, ann: nn.Module, images: Tensor) -> None:
             f"{type(model).__name__}: has no QCFS activation, so it cannot start from a ReLU network's thresholds; "
             "expected one with QCFS. Leave ann out of the recipe, or name such an architecture."
         )
-    _check_layers(model, ann)
+    check_layers(model, ann)
     found = convert(ann, levels, data=images, calibration=MinError())
     try:
         model.load_state_dict(qcfs_network(found.prepared, found.calibration, levels).state_dict())
@@ -91,8 +91,16 @@ def start_from_relu(model: nn.Module, ann: nn.Module, images: Tensor) -> None:
         ) from error
 
 
-def _check_layers(model: nn.Module, ann: nn.Module) -> None:
-    """Refuse a network whose weights another does not take."""
+def check_layers(model: nn.Module, ann: nn.Module) -> None:
+    """Refuse a network whose weights another does not take.
+
+    Args:
+        model: has QCFS where ``ann`` has an activation, under the same paths.
+        ann: the ReLU network.
+
+    Raises:
+        ArgumentError: naming the first tensor that does not fit.
+    """
     activations = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, QCFS))
     expected = {name: list(x.shape) for name, x in model.state_dict().items() if not name.startswith(activations)}
     found = {name: list(x.shape) for name, x in ann.state_dict().items()}

@@ -78,8 +78,13 @@ def check_writable(path: Path, advice: str) -> None:
         ) from error
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, advice: str = "Choose another place with --output.") -> None:
     """Write a file so that at every moment either the old one or the whole new one is there.
+
+    Args:
+        path: of the file.
+        data: its bytes.
+        advice: how the user names another place.
 
     Raises:
         ArtifactError: if the folder cannot be written or the disk is full; no partial file is left.
@@ -100,7 +105,7 @@ def write_atomically(path: Path, data: bytes) -> None:
                 temporary.unlink(missing_ok=True)
         raise ArtifactError(
             f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); expected a writable folder with "
-            f"{len(data) / 1e6:.1f} MB free. Choose another place with --output."
+            f"{len(data) / 1e6:.1f} MB free. {advice}"
         ) from error
 
 
@@ -110,13 +115,19 @@ def _umask() -> int:
     return mask
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    advice: str = "Choose another place with --output.",
+) -> None:
     """Write tensors with JSON metadata, atomically.
 
     Args:
         path: of the file.
         tensors: any devices and layouts; stored contiguous.
         metadata: values that JSON can hold, one string each in the header.
+        advice: how the user names another place.
 
     Raises:
         ArtifactError: as :func:`write_atomically`.
@@ -129,7 +140,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         plain[name] = value.clone() if storage in stored else value  # tied weights are written twice
         stored.add(storage)
     header = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
-    write_atomically(path, safetensors.torch.save(plain, header))
+    write_atomically(path, safetensors.torch.save(plain, header), advice)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

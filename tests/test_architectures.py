@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from commands import succeed
 from lmh import QCFS, sites, zoo
-from lmh.convert import EventFrames, convert
+from lmh.convert import EventFrames, convert, load
 from lmh.convert.architectures import EmptyOnMeta
 from lmh.errors import ArgumentError
 from lmh.finetune.hybrid import qcfs_network
@@ -164,3 +165,38 @@ def test_an_unknown_name_brings_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ArgumentError, match=f"architecture '{name}' is not known; nearest: [^.]*{nearest}"):
         zoo.card(name)
     assert zoo.card(nearest).name == nearest
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "mean"),
+    [
+        ("resnet50", 224, 0.485), ("inception_v3", 299, 0.485), ("efficientnet_b7", 600, 0.485),
+        ("efficientnet_v2_l", 480, 0.5), ("vit_h_14", 518, 0.485),
+    ],
+)  # fmt: skip
+def test_torchvisions_classifiers_take_the_images_that_their_default_weights_were_trained_on(
+    name: str, side: int, mean: float
+) -> None:
+    card = zoo.card(f"torchvision:{name}")
+    assert (card.preprocessing.input_size, card.preprocessing.mean[0]) == ((3, side, side), mean)
+    with torch.device("meta"):
+        assert card.build().eval()(torch.empty(1, 3, side, side)).shape == (1, 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_a_pretrained_network_that_transforms_its_input_is_converted_and_loaded_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = torchvision().models
+    trained = models.get_model(name, weights=None, init_weights=False).state_dict()
+    monkeypatch.setattr(models._api, "load_state_dict_from_url", lambda *_, **__: trained)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    ann = zoo.load(f"torchvision:{name}")
+    assert ann.transform_input
+    x, file = torch.rand(2, 3, 96, 96), tmp_path / "snn.safetensors"
+    succeed("convert", f"torchvision:{name}", "-T", 2, "--input-size", "3,96,96", "--output", file)
+    assert load(file)(x).shape == (2, 1000)
+    rebuilt = zoo.card(f"torchvision:{name}").build().eval()
+    assert rebuilt.load_state_dict(ann.state_dict(), strict=False).missing_keys == []  # a head for training is more
+    assert torch.equal(rebuilt(x), ann(x))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ import pytest
 from lmh.errors import ArgumentError, DownloadError
 from lmh.zoo import cache, transfer
 from lmh.zoo.cache import fetched, resting_place
+from lmh.zoo.locations import BrokenTransferError, SecureRedirects, parsed_location
 from lmh.zoo.transfer import Weights
 from served import DATA, DIGEST, GOOD, QUICK, at, kept
-from unruly_server import Cut, Held, Server, unruly_server
+from unruly_server import Cut, Held, Server, Status, unruly_server
 
 pytestmark = pytest.mark.usefixtures("home_folder")
 
@@ -84,16 +87,36 @@ def test_offline_nothing_is_asked_for(server: Server, monkeypatch: pytest.Monkey
 HUB = Weights("hf:lab/spiking/deep/net.safetensors@v1", DIGEST, len(DATA))
 
 
-def test_the_hub_is_asked_through_its_own_library(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hub_is_asked_like_any_server(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setattr(transfer.time, "sleep", lambda seconds: None)
     server.files["/lab/spiking/resolve/v1/deep/net.safetensors"] = DATA
-    server.script = [Cut(70_000)]
+    server.script = [Cut(70_000), Status(429), Status(500), Cut(0)]
+    with pytest.raises(DownloadError, match=r"^hf:lab/.*, 3 times in a row; 70000 of 200000 bytes are there and kept"):
+        fetched(HUB, patience=QUICK)
     assert fetched(HUB, patience=QUICK).read_bytes() == DATA
+    assert server.ranges == [None, 70_000, 70_000, 70_000, 70_000]
     assert kept(tmp_path) == [GOOD]
-    assert list((tmp_path / "home" / "partial").iterdir()) == []
+
+
+def test_the_token_goes_to_the_hub_and_to_no_other_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_ENDPOINT", "https://huggingface.co")
+    asked: list[urllib.request.Request] = []
+
+    def refuse(_self: object, request: urllib.request.Request, timeout: float) -> None:
+        asked.append(request)
+        raise OSError("no network")
+
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", refuse)
+    with pytest.raises(BrokenTransferError, match="no network"):
+        parsed_location("hf:lab/spiking/net.safetensors").open(0)  # type: ignore[union-attr]
+    assert asked[0].full_url == "https://huggingface.co/lab/spiking/resolve/main/net.safetensors"
+    assert asked[0].get_header("Authorization") == "Bearer hf_secret"
+    handler = SecureRedirects()
+    for host, sent in (("huggingface.co", "Bearer hf_secret"), ("cdn.example.org", None)):
+        moved = handler.redirect_request(asked[0], io.BytesIO(), 302, "Found", {}, f"https://{host}/x")
+        assert moved is not None
+        assert moved.get_header("Authorization") == sent
 
 
 @pytest.mark.parametrize(
@@ -119,10 +142,9 @@ def test_a_wrong_file_of_the_hub_is_refused(
 def test_a_hub_that_cannot_be_reached_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with unruly_server({}) as gone:
         monkeypatch.setenv("HF_ENDPOINT", gone.url)
-    monkeypatch.setattr(transfer.time, "sleep", lambda seconds: None)  # its library waits for half a minute
-    with pytest.raises(DownloadError, match=r"^hf:.*; expected an answer of the Hub. Check the network"):
+    with pytest.raises(DownloadError, match=r"^hf:.*refused, 3 times in a row; .*Check the network"):
         fetched(HUB, patience=QUICK)
-    assert GOOD not in kept(tmp_path)
+    assert kept(tmp_path) == []
 
 
 @pytest.mark.parametrize(

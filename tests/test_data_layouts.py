@@ -52,7 +52,7 @@ def tiny_imagenet(root: Path) -> None:
 
 def test_tiny_imagenet_is_read_in_its_original_layout() -> None:
     tiny_imagenet(Path("tiny"))
-    data = zoo.load_data("tinyimagenet:tiny", input_size=(3, 64, 64))
+    data = zoo.load_data("tinyimagenet:tiny")
     assert data.classes == ("goldfish, Carassius auratus", "Egyptian cat", "n07749582")  # by WordNet id
     assert (len(data.train), len(data.test)) == (6, 3)
     for split in (data.train, data.test):

@@ -167,10 +167,7 @@ class TestTheOptions:
         ("options", "strategy"),
         [
             (("--strategy", "progressive"), Progressive()),
-            (
-                ("--strategy", "progressive", "--leak", 0.25, "--membrane", "channel"),
-                Progressive(LMH(LIF(0.25), PerChannel())),
-            ),
+            (("--strategy", "progressive", "--leak", 0.25), Progressive(LMH(LIF(0.25)))),
             (("--strategy", "progressive", "--membrane", "step"), Progressive(LMH(LIF(), PerStep()))),
             (("--strategy", "progressive", "--membrane", "wider"), Progressive(LMH(LIF(), ranges=WIDER))),
             (("--strategy", "stbp", "--membrane", "step"), STBP(LMH(granularity=PerStep()))),

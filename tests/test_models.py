@@ -70,6 +70,10 @@ def change(server: Server, model: str, values: Mapping[str, Any]) -> None:
     server.files["/r/index.json"] = json.dumps(index).encode()
 
 
+def test_the_weights_of_the_package_are_small() -> None:
+    assert sum(download(name).stat().st_size for name in PACKAGED) <= 8_000_000
+
+
 @pytest.mark.parametrize("name", PACKAGED)
 def test_every_file_of_the_package_is_the_one_of_its_card(name: str) -> None:
     card = zoo.model_card(name)
@@ -187,9 +191,12 @@ def test_a_wrong_file_is_never_taken(server: Server) -> None:
         ({"colour": "red"}, "missing or unknown: colour"),
         ({"type": "Other"}, "a damaged card"),
         ({"format": "png"}, "not a model card; expected what `lmh zoo publish` writes"),
+        ({"ann_accuracy": "0.9", "versions": None}, "a damaged card (ann_accuracy is '0.9'; versions is None)"),
+        ({"name": "cifar10-vgg16-bn"}, "is the name of an architecture, and this model is not an ANN of it"),
         ({"name": "../../seven"}, "a damaged card (name '../../seven'"),
         ({"weights": {"location": "x"}}, "a damaged card"),
         ({"weights": {"location": "ftp://x/y.safetensors", "sha256": "0" * 64, "size": 3}}, "is not known"),
+        ({"weights": {"location": "net.pt", "sha256": "0" * 64, "size": 3}}, "net.pt: is not a .safetensors file"),
         ({"preprocessing": {"input_size": [1], "mean": [], "std": []}}, "a damaged card"),
         ({"name": "digits-cnn"}, "digits-cnn is a model of the package; expected another name"),
     ],
@@ -217,6 +224,10 @@ def test_a_newer_card_in_the_home_is_named_and_spoils_nothing_else(server: Serve
     listed = command("zoo", "list")
     assert "model t4: " in listed.out
     assert "not readable: " in listed.err
+    for arguments in (("verify",), ("download", "--all"), ("results",)):
+        done = succeed("zoo", *arguments)
+        assert ("not readable: " in done.err) is (arguments != ("results",))
+    assert "t4: good" in succeed("zoo", "verify").out
 
 
 @pytest.mark.parametrize(
@@ -224,6 +235,7 @@ def test_a_newer_card_in_the_home_is_named_and_spoils_nothing_else(server: Serve
     [
         ("index.json", b'{"format": "lmh-zoo", "version": 2}', "index version 2; this lmh reads up to 1"),
         ("index.json", b'{"format": "lmh-zoo", "version": 1, "models": {"a": {}}}', "a damaged index"),
+        ("index.json", b'{"format": "lmh-zoo", "version": 1, "models": {"a": null}}', "a damaged index"),
         ("index.json", b"\xff\xfe", "not a text; expected an index or a card"),
         ("index.json", b"<html>", "not JSON"),
         ("seven.json", b"{}", "its sha256 is not the one in"),
@@ -303,7 +315,7 @@ def test_publishing_measures_and_places(tmp_path: Path) -> None:
     shutil.copy(zoo.snn_path("digits-cnn-t4"), "alone.safetensors")  # its card stays behind
     Path("alone.json").write_text("{}")
     (card,) = succeed("zoo", "publish", "t4=alone.safetensors", *options).result["models"]
-    assert card["weights"]["location"] == "https://example.org/r/alone.safetensors"
+    assert card["weights"]["location"] == "https://example.org/r/t4.safetensors"
     assert (card["licence"], card["samples"], card["timesteps"]) == ("MIT", 360, 4)
     assert card["firing_rate"] == pytest.approx(zoo.model_card("digits-cnn-t4").firing_rate)  # type: ignore[attr-defined]
     beside = zoo_card(published(f"t4={zoo.snn_path('digits-cnn-t4')}"), "t4")
@@ -333,7 +345,13 @@ def test_what_nobody_could_use_is_not_published(tmp_path: Path) -> None:
         assert words in printed.err
     assert not Path("release").exists()
     refused = command("zoo", "publish", "seven.safetensors", "--out", "release", "--base", "ftp://x")
-    assert "location 'ftp://x/seven.safetensors' is not known" in refused.err
+    assert "location 'ftp://x/x.safetensors' is not known" in refused.err
+    Path("release").mkdir()
+    Path("release/index.json").write_text("<html>")
+    assert (
+        "not an index; expected what `lmh zoo publish`"
+        in command("zoo", "publish", "seven.safetensors", "--out", "release").err
+    )
 
 
 def test_a_folder_of_this_machine_is_a_release_too() -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ import torch
 
 from commands import command, interrupted_at_epoch, succeed
 from lmh import zoo
-from lmh.artifact import read_snn, read_tensors
+from lmh.artifact import file_digest, read_snn, read_tensors, write_tensors
 from lmh.convert import load
 from lmh.convert.normalisation import NORMALISATIONS
-from lmh.errors import ArgumentError
+from lmh.errors import ArgumentError, ArtifactError
 from lmh.finetune import SLTT, STBP, Float32, Hybrid, Progressive, TimeSliced
 from lmh.finetune.recipe import read_recipe as read_training
+from lmh.records import plain_value
+from lmh.zoo import train_cli
 from lmh.zoo.images import Batches
 from lmh.zoo.model_cards import SpikingCard, read_card_file
 from lmh.zoo.recipe import RECIPES, Published, Recipe, read_recipe, recipe_names
@@ -232,6 +235,58 @@ def test_without_an_ann_training_starts_from_random_weights(written: Written, tm
     assert not (tmp_path / "out" / "scratch" / "untrained.safetensors").exists()
 
 
+def test_what_is_there_is_not_trained_over(written: Written, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeed("zoo", "train", written("quick", ANN), "--out", out)
+    before = file_digest(out / "quick.safetensors")
+    refused = command("zoo", "train", written("quick", ANN.replace("seed = 3", "seed = 4")), "--out", out)
+    assert "quick.json: is there already, and its seed is another; expected a network of this recipe" in refused.err
+    assert file_digest(out / "quick.safetensors") == before
+
+
+@pytest.mark.parametrize("text", [ANN, SNN], ids=["ANN", "SNN"])
+def test_a_card_that_could_not_be_written_is_made_by_the_next_run(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    recipe, out = written("quick", text), tmp_path / "out"
+    with monkeypatch.context() as full:
+        full.setattr(train_cli, "write_atomically", Mock(side_effect=ArtifactError("no space left")))
+        assert "no space left" in command("zoo", "train", recipe, "--out", out).err
+    before = file_digest(out / "quick.safetensors")
+    monkeypatch.setattr(train_cli, "train_snn", None)  # it was trained
+    succeed("zoo", "train", recipe, "--out", out)
+    card = read_card_file(out / "quick.json")
+    assert card.weights.sha256 == file_digest(out / "quick.safetensors") == before
+    assert card.ann_accuracy is not None
+    if isinstance(card, SpikingCard):
+        assert card.firing_rate
+        assert card.energy
+    assert not list(out.glob("**/*.training"))
+
+
+def test_a_spiking_network_of_another_training_is_not_taken_for_its_own(written: Written, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeed("zoo", "train", written("quick", SNN), "--out", out)
+    (out / "quick.json").unlink()
+    other = written("quick", SNN.replace("epochs = 1}\n", "epochs = 2}\n"))
+    assert "is there without a card and of another training" in command("zoo", "train", other, "--out", out).err
+
+
+def test_a_qcfs_network_sees_the_images_as_its_relu_network_does(written: Written, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (64, 32, 32, 3)).astype(np.uint8)
+    y = np.arange(64) % 10
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    own = replace(zoo.card("cifar10-resnet20").preprocessing, mean=(0.1, 0.2, 0.3))
+    facts = {"preprocessing": plain_value(own)}
+    write_tensors(tmp_path / "relu.safetensors", zoo.load("cifar10-resnet20").state_dict(), {"record": facts})
+    text = ANN.replace('"digits-cnn"', '"cifar10-resnet20-qcfs4"').replace('"digits"', '"cifar10"')
+    recipe = written("q", text.replace("seed = 3", 'seed = 3\nann = "cifar10-resnet20"'))
+    succeed("zoo", "train", recipe, "--data", "npz:d.npz", "--ann", "relu.safetensors", "--out", "out")
+    card = read_card_file(tmp_path / "out" / "q.json")
+    assert (card.preprocessing, card.data) == (own, "cifar10")
+
+
 def test_a_broken_run_goes_on(written: Written, tmp_path: Path) -> None:
     recipe = written("quick", SNN.replace("epochs = 1}\n", "epochs = 2}\n"))
     succeed("zoo", "train", recipe, "--out", "whole")
@@ -318,12 +373,14 @@ def test_figures_stand_beside_the_paper_s() -> None:
     mine = replace(
         model, name="cifar10-resnet20-t4", architecture="cifar10-resnet20-qcfs4", data="cifar10",
         accuracy=(0.5, 0.6, 0.7, 0.8), stages=stages,
+        recipe={**plain_value(read_recipe("cifar10-resnet20-t4")), "data": "npz:here.npz"},
     )  # fmt: skip
     page = results_page([mine])
     row = next(line for line in page.splitlines() if "`cifar10-resnet20-t4`" in line)
     assert "| 87.56 | 50.00 / 60.00 / 70.00 / 80.00 | 99.72 (paper 91.77) |" in row
     assert "| 80.00 quantised, 40.00 / 50.00 / 60.00 / 70.00 spiking (paper 83.75) | 360 |" in row
     assert page.count("not run") > 20
+    assert "80.00 (other settings) |" in results_page([replace(mine, recipe={**mine.recipe, "seed": 1})])
     for other in (replace(mine, data="cifar100"), replace(mine, timesteps=6), replace(mine, architecture="digits-cnn")):
         assert "50.00 / 60.00" not in results_page([other])  # not what the recipe trains
 

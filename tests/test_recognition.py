@@ -58,11 +58,14 @@ def test_every_member_of_a_family_begins_and_ends_as_its_first() -> None:
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_auxiliary_heads_may_be_there_or_not(name: str, auxiliary: bool) -> None:
     models = torchvision().models
-    net = models.get_model(name, weights=None, num_classes=5, aux_logits=auxiliary, init_weights=False).eval()
+    net = models.get_model(
+        name, weights=None, num_classes=5, aux_logits=auxiliary, init_weights=False, transform_input=True
+    ).eval()
     torch.save(net.state_dict(), "weights.pth")
     source = convert.load_source("weights.pth")
     assert source.card is not None
     assert (source.card.name, source.num_classes) == (f"torchvision:{name}", 5)
+    assert any("(transform_input=True). If yours does not, pass the whole module." in text for text in source.notices)
     x = torch.rand(1, 3, 96, 96)
     with torch.no_grad():
         assert torch.equal(source.model(x), net(x))

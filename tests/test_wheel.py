@@ -10,6 +10,7 @@ import venv
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +67,18 @@ def test_it_converts_in_a_new_environment_outside_the_repository(wheel: Path, tm
     result = json.loads(done.stdout)
     assert result["ann_accuracy"] > 0.99
     assert (tmp_path / result["output"]).is_file()
+    images = np.zeros((20, 32, 32, 3), np.uint8)
+    np.savez(
+        tmp_path / "cifar.npz", x_train=images, y_train=np.arange(20) % 10, x_test=images, y_test=np.arange(20) % 10
+    )
+    lmh = environment / "bin" / "lmh"
+    for words, wanted in (
+        ([lmh, "zoo", "list"], "model cifar10-resnet20: "),
+        ([command, "zoo:cifar10-resnet20", "--timesteps", "4", "--data", "npz:cifar.npz"], "T = 4"),
+    ):
+        done = subprocess.run(words, cwd=tmp_path, env=plain, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert wanted in done.stdout
     where = subprocess.run(
         [python, "-c", "import lmh; print(lmh.__file__)"], cwd=tmp_path, env=plain, capture_output=True, text=True
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 import time
@@ -180,17 +179,6 @@ def unruly_server(files: dict[str, bytes]) -> Iterator[Server]:
                 answer.give(self, data or b"", start)
             except (BrokenPipeError, ConnectionResetError):
                 return
-
-        def do_HEAD(self) -> None:
-            """What the Hugging Face Hub says of a file."""
-            data = server.files.get(self.path)
-            self.send_response(404 if data is None else 200)
-            if data is None:
-                self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("ETag", f'"{hashlib.sha256(data or b"").hexdigest()}"')
-            self.send_header("X-Repo-Commit", "0123456789" * 4)
-            self.send_header("Content-Length", str(len(data or b"")))
-            self.end_headers()
 
         def log_message(self, *parts: Any) -> None:
             pass

@@ -11,9 +11,9 @@ import click
 from ..errors import ArtifactError
 from ..records import plain_value
 from .model_cards import ModelCard, SpikingCard, card_facts, card_json
-from .models import card, list_models, model_card, model_names, readable_cards
+from .models import list_models, model_card, model_names, readable_cards
 from .recipe import read_recipe, recipe_names
-from .registry import TORCHVISION, list_architectures
+from .registry import TORCHVISION, architecture, list_architectures
 from .results import results_command
 from .train_cli import train_command
 from .weights_cli import add_command, download_command, export_card_command, publish_command, verify_command
@@ -53,7 +53,7 @@ def list_command(family: str | None, data: str | None, timesteps: int | None, as
         for found in map(read_recipe, recipe_names())
         if data in (None, found.data)
         and timesteps in (None, found.timesteps)
-        and family in (None, card(found.architecture).family)
+        and family in (None, architecture(found.architecture).family)
     ]
     if as_json:
         found = {
@@ -65,8 +65,9 @@ def list_command(family: str | None, data: str | None, timesteps: int | None, as
         }
         click.echo(json.dumps(found))
         return
-    for kind in dict.fromkeys(card(name).family for name in architectures):
-        click.echo(f"architectures, {kind}: {', '.join(name for name in architectures if card(name).family == kind)}")
+    families = {name: architecture(name).family for name in architectures}
+    for kind in dict.fromkeys(families.values()):
+        click.echo(f"architectures, {kind}: {', '.join(name for name in architectures if families[name] == kind)}")
     for recipe in recipes:
         what = "an ANN" if recipe.timesteps is None else f"T = {recipe.timesteps}"
         click.echo(f"recipe {recipe.name}: {recipe.architecture}, {recipe.data}, {what}")
@@ -103,12 +104,12 @@ def show_command(name: str, as_json: bool) -> None:
     from ..convert.architectures import EmptyOnMeta
 
     name = name.removeprefix("zoo:")
-    if name in recipe_names() and name not in (*model_names(), *list_architectures()):
-        recipe = plain_value(read_recipe(name))
+    recipe = plain_value(read_recipe(name)) if name in recipe_names() else None
+    if recipe is not None and name not in (*model_names(), *list_architectures()):
         click.echo(json.dumps(recipe) if as_json else "\n".join(f"{key}: {json.dumps(recipe[key])}" for key in recipe))
         return
     model = model_card(name) if name in model_names() else None
-    found = card(name if model is None else model.architecture)
+    found = architecture(name if model is None else model.architecture, [*model_names(), *recipe_names()])
     preprocessing = found.preprocessing if model is None else model.preprocessing
     classes = found.num_classes if model is None else model.num_classes
     with EmptyOnMeta():
@@ -122,16 +123,20 @@ def show_command(name: str, as_json: bool) -> None:
         "input": preprocessing.described()["input"],
         **asdict(preprocessing),
         "card": None if model is None else card_json(model),
+        "recipe": recipe,
     }
     if as_json:
         click.echo(json.dumps(shown))
         return
     for key, value in shown.items():
-        if key != "card":
+        if key not in ("card", "recipe"):
             click.echo(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
     if model is None:
         ours = not name.startswith(TORCHVISION)
         click.echo(f"weights: {'none here' if ours else 'of torchvision, downloaded when they are wanted'}")
+        if recipe is not None:
+            click.echo(f"recipe: {json.dumps(recipe)}")
+            click.echo(f"to train it: lmh zoo train {name} --data {recipe['data']}:DIR or npz:FILE --out FOLDER")
         return
     if isinstance(model, SpikingCard):
         click.echo(f"timesteps: {model.timesteps}")

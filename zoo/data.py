@@ -25,7 +25,7 @@ ANY_DATA = ("npz", "folder")
 OF_CIFAR100 = Preprocessing((3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
-def load_data(spec: str, *, input_size: tuple[int, ...] = (3, 224, 224), timesteps: int | None = None) -> DataSet:
+def load_data(spec: str, *, input_size: tuple[int, ...] | None = None, timesteps: int | None = None) -> DataSet:
     """Open a data set.
 
     Args:
@@ -34,7 +34,8 @@ def load_data(spec: str, *, input_size: tuple[int, ...] = (3, 224, 224), timeste
             (Tiny-ImageNet-200 as it is published), or ``folder:DIR`` (train/ and test/ or val/ with a folder for each
             class, such as ImageNet-1k); event recordings in tonic's layout by ``cifar10dvs:DIR``, of which the first
             900 of each class are for training and the last 100 for testing, ``nmnist:DIR`` and ``dvsgesture:DIR``.
-        input_size: (C, H, W) that images in folders are cropped and resized to; all others keep their size.
+        input_size: (C, H, W) that images in folders are cropped and resized to; unless given, 3×224×224, and 3×64×64
+            for ``tinyimagenet``, which is their own. All others keep their size.
         timesteps: T, the number of frames that an event recording becomes. Images need none.
 
     Raises:
@@ -45,7 +46,7 @@ def load_data(spec: str, *, input_size: tuple[int, ...] = (3, 224, 224), timeste
     >>> len(data.train), len(data.test), data.classes[3]
     (1437, 360, '3')
     """
-    if len(input_size) != 3:
+    if input_size is not None and len(input_size) != 3:
         raise DataError(
             f"{spec} holds images or event frames and the input size is {','.join(map(str, input_size))}; expected "
             "C,H,W. Convert without a data set, or by lmh.convert.convert(model, …, data=batches)."
@@ -57,8 +58,8 @@ def load_data(spec: str, *, input_size: tuple[int, ...] = (3, 224, 224), timeste
         "npz": _npz,
         "cifar10": _cifar,
         "cifar100": _cifar,
-        "tinyimagenet": lambda name, path: tiny_imagenet(name, path, input_size),
-        "folder": lambda name, path: class_folders(name, path, input_size),
+        "tinyimagenet": lambda name, path: tiny_imagenet(name, path, input_size or (3, 64, 64)),
+        "folder": lambda name, path: class_folders(name, path, input_size or (3, 224, 224)),
         **dict.fromkeys(EVENT_SETS, lambda name, path: open_events(name, path, timesteps)),
     }
     if kind not in loaders or not where:

@@ -7,12 +7,11 @@ import http.client
 import io
 import os
 import re
-import shutil
 import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -96,7 +95,7 @@ class LocalFile:
 
 
 class SecureRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but never from https to anything else."""
+    """Follows redirects, but never from https to anything else, and without the user's token to another host."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
@@ -110,7 +109,10 @@ class SecureRedirects(urllib.request.HTTPRedirectHandler):
             raise DownloadError(
                 f"{req.full_url}: is redirected to {newurl}; expected https there as well. Take another source."
             )
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        found = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if found is not None and found.host != req.host:
+            found.remove_header("Authorization")
+        return found
 
 
 @dataclass(frozen=True)
@@ -133,45 +135,12 @@ class WebFile:
             BrokenTransferError: if the server is busy or cannot be reached.
             DownloadError: if it does not have the file.
         """
-        headers = {"User-Agent": f"lmh-convert/{__version__}", "Accept-Encoding": "identity"}
-        if start:
-            headers["Range"] = f"bytes={start}-"
-        opener = urllib.request.build_opener(SecureRedirects)  # a new one, for the proxies of the environment now
-        try:
-            response = opener.open(urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT)
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code == 416 and start:
-                return self.open(0)
-            if error.code in BUSY:
-                raise BrokenTransferError(f"{error.code} {error.reason}", _seconds(error.headers)) from error
-            raise DownloadError(
-                f"{self.url}: the server answers {error.code} {error.reason}; expected the file. Check the address, "
-                "or take another source."
-            ) from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, ssl.SSLCertVerificationError):
-                raise DownloadError(
-                    f"{self.url}: its certificate is not trusted ({reason.verify_message}); expected a valid one. "
-                    "Behind a proxy, name its certificates with SSL_CERT_FILE."
-                ) from error
-            raise BrokenTransferError(str(reason) or type(reason).__name__) from error
-        offset, total = _extent(response.status, response.headers)
-        if offset not in (0, start):
-            response.close()
-            if start:
-                return self.open(0)
-            raise DownloadError(
-                f"{self.url}: the server sends a part that nobody asked for; expected the whole file. Take another "
-                "source."
-            )
-        return Stream(offset, total, response.read1, response.close)
+        return _asked(self, self.url, {}, start, "Check the address, or take another source.")
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a model repository on the Hugging Face Hub; huggingface_hub transfers it.
+    """A file of a model repository on the Hugging Face Hub; huggingface_hub knows its address and the user's token.
 
     Attributes:
         repository: ORGANISATION/REPOSITORY.
@@ -186,41 +155,68 @@ class HubFile:
     def __str__(self) -> str:
         return f"hf:{self.repository}/{self.file}" + (f"@{self.revision}" if self.revision else "")
 
-    def fetch(self, folder: Path) -> Path:
-        """Put the file somewhere under a folder, where an earlier call may have left a part of it.
-
-        huggingface_hub resumes, and tries again with growing waits, by itself.
+    def open(self, start: int) -> Stream:
+        """Ask for the bytes from ``start`` on.
 
         Raises:
-            DownloadError: if the Hub cannot be reached, or does not have the file for this user.
+            BrokenTransferError: if the Hub is busy or cannot be reached.
+            DownloadError: if it does not have the file for this user.
         """
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError
+        from huggingface_hub import get_token, hf_hub_url
+        from huggingface_hub.errors import HFValidationError
 
         endpoint = os.environ.get("HF_ENDPOINT") or None
+        advice = "Check the name; for a private repository, log in with `hf auth login`."
         try:
-            found = hf_hub_download(
-                self.repository, self.file, revision=self.revision, local_dir=folder, endpoint=endpoint
-            )
-        except (HfHubHTTPError, EntryNotFoundError, HFValidationError) as error:
-            if isinstance(error, FileNotFoundError):  # so it says that the Hub cannot be reached
-                raise self._unreachable(error) from error
-            shutil.rmtree(folder, ignore_errors=True)
-            raise DownloadError(
-                f"{self}: {_first_line(error)}; expected the file. Check the name; for a private repository, "
-                "log in with `hf auth login`."
-            ) from error
-        except (HTTPError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # of this machine
-                raise
-            raise self._unreachable(error) from error
-        return Path(found)
+            url = hf_hub_url(self.repository, self.file, revision=self.revision, endpoint=endpoint)
+        except HFValidationError as error:
+            raise DownloadError(f"{self}: {error}; expected the name of a repository. {advice}") from error
+        token = get_token()
+        return _asked(self, url, {} if token is None else {"Authorization": f"Bearer {token}"}, start, advice)
 
-    def _unreachable(self, error: Exception) -> DownloadError:
-        return DownloadError(
-            f"{self}: {_first_line(error)}; expected an answer of the Hub. Check the network (proxies are taken from "
-            "HTTPS_PROXY) and start again: what came is kept."
+
+def _asked(source: WebFile | HubFile, url: str, headers: Mapping[str, str], start: int, advice: str) -> Stream:
+    """Ask a web server for the bytes of a file from ``start`` on.
+
+    Args:
+        source: for errors.
+        url: to ask.
+        headers: to send besides.
+        start: the first byte.
+        advice: what to do if the server does not have the file.
+    """
+    sent = {"User-Agent": f"lmh-convert/{__version__}", **headers, "Accept-Encoding": "identity"}
+    if start:
+        sent["Range"] = f"bytes={start}-"
+    opener = urllib.request.build_opener(SecureRedirects)  # a new one, for the proxies of the environment now
+    try:
+        response = opener.open(urllib.request.Request(url, headers=sent), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416 and start:
+            return source.open(0)
+        if error.code in BUSY:
+            raise BrokenTransferError(f"{error.code} {error.reason}", _seconds(error.headers)) from error
+        raise DownloadError(
+            f"{source}: the server answers {error.code} {error.reason}; expected the file. {advice}"
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            raise DownloadError(
+                f"{source}: its certificate is not trusted ({reason.verify_message}); expected a valid one. "
+                "Behind a proxy, name its certificates with SSL_CERT_FILE."
+            ) from error
+        raise BrokenTransferError(str(reason) or type(reason).__name__) from error
+    offset, total = _extent(response.status, response.headers)
+    if offset not in (0, start):
+        response.close()
+        if start:
+            return source.open(0)
+        raise DownloadError(
+            f"{source}: the server sends a part that nobody asked for; expected the whole file. Take another source."
         )
+    return Stream(offset, total, response.read1, response.close)
 
 
 Location = Packaged | LocalFile | WebFile | HubFile
@@ -275,7 +271,3 @@ def _extent(status: int, headers: email.message.Message) -> tuple[int, int | Non
 def _seconds(headers: email.message.Message) -> float | None:
     text = headers.get("Retry-After", "")
     return float(text) if text.isdigit() else None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

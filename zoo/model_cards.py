@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from ..errors import ArtifactError
@@ -74,6 +75,13 @@ class SpikingCard(ModelCard):
     stages: Mapping[str, tuple[float, ...]]
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "name": (str,), "architecture": (str,), "num_classes": (int,), "data": (str, NoneType), "recipe": (dict,),
+    "seed": (int, NoneType), "ann_accuracy": (float, int, NoneType), "samples": (int, NoneType), "licence": (str,),
+    "command": (str, NoneType), "versions": (dict,), "timesteps": (int,), "accuracy": (list, NoneType),
+    "firing_rate": (dict, NoneType), "energy": (dict, NoneType), "stages": (dict,),
+}  # fmt: skip
+_ENERGY = {"snn_pj", "ann_pj", "synops", "snn_macs", "ann_macs"}
 _TYPES: dict[str, type[ModelCard]] = {kind.__name__: kind for kind in (ModelCard, SpikingCard)}
 
 
@@ -121,16 +129,34 @@ def read_card(text: str, where: str) -> ModelCard:
         values = {name: found[name] for name in names}
         values["preprocessing"] = preprocessing_of(found["preprocessing"])
         values["weights"] = _weights(found["weights"])
-        if found.get("accuracy") is not None:
-            values["accuracy"] = tuple(map(float, found["accuracy"]))
+        wrong = [
+            f"{name} is {values[name]!r}" for name in names & _KINDS.keys() if type(values[name]) not in _KINDS[name]
+        ]
+        if wrong:
+            raise ValueError("; ".join(sorted(wrong)))
         if kind is SpikingCard:
-            values["stages"] = {name: tuple(map(float, row)) for name, row in found["stages"].items()}
+            values |= _measured(found)
         card = kind(**values)
         if not (re.fullmatch(NAME, card.name) and re.fullmatch(r"[0-9a-f]{64}", card.weights.sha256)):
             raise ValueError(f"name {card.name!r}, sha256 {card.weights.sha256!r}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where}: a damaged card ({error}). Fetch or write it again.") from error
     return card
+
+
+def _measured(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a spiking network's card says of its accuracy, rates and energy."""
+    accuracy, rates, energy = (plain[name] for name in ("accuracy", "firing_rate", "energy"))
+    if accuracy is not None and len(accuracy) != plain["timesteps"]:
+        raise ValueError(f"{len(accuracy)} accuracies for T = {plain['timesteps']}")
+    if energy is not None and energy.keys() != _ENERGY:
+        raise ValueError(f"energy has {', '.join(sorted(energy)) or 'nothing'}")
+    return {
+        "accuracy": None if accuracy is None else tuple(map(float, accuracy)),
+        "firing_rate": None if rates is None else {name: float(rate) for name, rate in rates.items()},
+        "energy": None if energy is None else {name: float(value) for name, value in energy.items()},
+        "stages": {name: tuple(map(float, row)) for name, row in plain["stages"].items()},
+    }
 
 
 def _weights(plain: Mapping[str, Any]) -> Weights:

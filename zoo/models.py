@@ -64,9 +64,9 @@ def _read(path: Path, changed: int) -> ModelCard:
     return read_card_file(path)
 
 
-def packaged(name: str) -> bool:
+def packaged(card: ModelCard) -> bool:
     """Whether a model's weights came with the package."""
-    return isinstance(parsed_location(model_card(name).weights.location), Packaged)
+    return isinstance(parsed_location(card.weights.location), Packaged)
 
 
 def download(name: str, terminal: Terminal | None = None) -> Path:

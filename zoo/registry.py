@@ -27,6 +27,8 @@ CIFAR10 = Preprocessing((3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 
 TINY_IMAGENET = Preprocessing((3, 64, 64), IMAGENET_MEAN, IMAGENET_STD)
 EVENTS = FramePreprocessing((2, 48, 48))
 TORCHVISION = "torchvision:"
+TRANSFORMING = ("googlenet", "inception_v3")
+"""Those of torchvision whose pretrained networks undo ImageNet's normalisation and apply their own."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,8 @@ def architecture(name: str, others: Iterable[str] = ()) -> Card:
         return CARDS[name]
     of_torchvision = _classifiers()
     if name.startswith(TORCHVISION) and name.removeprefix(TORCHVISION) in of_torchvision:
-        build = partial(_torchvision_model, name.removeprefix(TORCHVISION))
-        return Card(name, TORCHVISION[:-1], build, IMAGENET, _FLIP, 1000)
+        plain = name.removeprefix(TORCHVISION)
+        return Card(name, TORCHVISION[:-1], partial(_torchvision_model, plain), _torchvision_input(plain), _FLIP, 1000)
     near = nearest_names(name, [*CARDS, *others, *(TORCHVISION + other for other in of_torchvision)])
     raise ArgumentError(
         f"architecture {name!r} is not known; nearest: {near}. "
@@ -143,7 +145,18 @@ def _classifiers() -> list[str]:
     return models.list_models(module=models)
 
 
+def _torchvision_input(name: str) -> Preprocessing:
+    """Return the input that torchvision's default weights were trained for."""
+    preset = torchvision().models.get_model_weights(name).DEFAULT.transforms()
+    (side,) = preset.crop_size
+    return Preprocessing((3, side, side), tuple(preset.mean), tuple(preset.std))
+
+
 def _torchvision_model(name: str, num_classes: int = 1000) -> nn.Module:
-    auxiliary = name in ("googlenet", "inception_v3")  # their extra heads serve training only
-    extra: dict[str, Any] = {"init_weights": False, "aux_logits": False} if auxiliary else {}
+    """Return a network that torchvision's default weights fit, without the extra heads that serve training only."""
+    extra: dict[str, Any] = {}
+    if name in TRANSFORMING:
+        extra = {"init_weights": False, "aux_logits": False, "transform_input": True}
+    elif name == "vit_h_14":
+        extra = {"image_size": _torchvision_input(name).input_size[-1]}
     return torchvision().models.get_model(name, weights=None, num_classes=num_classes, **extra)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +15,19 @@ from ..artifact import FORMAT as SNN_FORMAT
 from ..artifact import file_digest, is_there, make_folder, read_snn, read_tensors, user_path, write_atomically
 from ..errors import ArgumentError, ArtifactError, DownloadError
 from ..records import FROM_QCFS
-from .cache import SUFFIX, offline
+from .cache import SUFFIX, offline, resting_place
 from .data import data_name
 from .images import AnyPreprocessing, preprocessing_of
-from .locations import PACKAGE, HubFile, LocalFile, Packaged, parsed_location
+from .locations import PACKAGE, LocalFile, Packaged, parsed_location
 from .model_cards import NAME, ModelCard, SpikingCard, card_markdown, card_text, read_card, read_card_file
 from .models import added
-from .registry import Card, architecture
+from .registry import CARDS, Card, architecture
 from .transfer import Weights, small_file
 
 INDEX = "index.json"
 INDEX_FORMAT = "lmh-zoo"
 INDEX_VERSION = 1
+ANOTHER, ANOTHER_HOME = "Name another folder with --out.", "Choose another folder with LMH_HOME."
 
 
 def card_of_file(
@@ -55,7 +55,7 @@ def card_of_file(
             f"{path}: expected a {SUFFIX} file, as other formats can run code. Train or convert it here."
         )
     tensors, metadata = read_tensors(path)
-    weights = Weights(base + path.name, file_digest(path), path.stat().st_size)
+    weights = Weights(f"{base}{name}{SUFFIX}", file_digest(path), path.stat().st_size)
     beside = card_beside(path, weights.sha256)
     if beside is not None:
         return replace(beside, name=name, licence=licence, weights=weights)
@@ -74,7 +74,7 @@ def card_of_file(
         architecture=found.name,
         num_classes=facts.get("num_classes", found.num_classes),
         preprocessing=_preprocessing(facts, found),
-        data=data_name(recipe["data"]),
+        data=facts.get("data") or data_name(recipe["data"]),
         recipe=recipe,
         seed=recipe["seed"],
         ann_accuracy=facts["accuracy"],
@@ -170,32 +170,28 @@ def publish(cards: Sequence[tuple[ModelCard, Path]], folder: Path) -> Path:
         The index's path.
 
     Raises:
-        ArtifactError: if something cannot be written, or two models would share a file.
+        ArtifactError: if something cannot be written, or the index that is there is damaged.
     """
-    make_folder(folder, "Choose another one.")
+    make_folder(folder, ANOTHER)
     index = folder / INDEX
     models = _index(index.read_text(encoding="utf-8"), str(index)) if is_there(index) else {}
-    taken = {entry["weights"]: (name, entry["sha256"]) for name, entry in models.items()}
     for card, path in cards:
-        owner, digest = taken.setdefault(path.name, (card.name, card.weights.sha256))
-        if owner != card.name and digest != card.weights.sha256:
-            raise ArtifactError(f"{folder / path.name}: is the file of {owner} already; rename the one of {card.name}.")
-        text = card_text(card)
-        write_atomically(folder / path.name, path.read_bytes())
-        write_atomically(folder / f"{card.name}.json", text.encode())
-        write_atomically(folder / f"{card.name}.md", card_markdown(card).encode())
+        text, weights = card_text(card), card.name + SUFFIX
+        write_atomically(folder / weights, path.read_bytes(), ANOTHER)
+        write_atomically(folder / f"{card.name}.json", text.encode(), ANOTHER)
+        write_atomically(folder / f"{card.name}.md", card_markdown(card).encode(), ANOTHER)
         models[card.name] = {
             "card": f"{card.name}.json",
             "card_sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "weights": path.name,
+            "weights": weights,
             "sha256": card.weights.sha256,
             "size": card.weights.size,
         }
     found = {"format": INDEX_FORMAT, "version": INDEX_VERSION, "models": models}
-    write_atomically(index, (json.dumps(found, indent=2, sort_keys=True) + "\n").encode())
+    write_atomically(index, (json.dumps(found, indent=2, sort_keys=True) + "\n").encode(), ANOTHER)
     lines = sorted({f"{entry['sha256']}  {entry['weights']}\n" for entry in models.values()})
     lines += sorted(f"{entry['card_sha256']}  {entry['card']}\n" for entry in models.values())
-    write_atomically(folder / "SHA256SUMS", "".join(lines).encode())
+    write_atomically(folder / "SHA256SUMS", "".join(lines).encode(), ANOTHER)
     return index
 
 
@@ -229,13 +225,18 @@ def add(address: str) -> list[ModelCard]:
     else:
         cards = [_placed(read_card(text, where), where)]
     for card in cards:
+        if card.name in CARDS and (isinstance(card, SpikingCard) or card.architecture != card.name):
+            raise ArgumentError(
+                f"{where}: {card.name} is the name of an architecture, and this model is not an ANN of it; expected "
+                "another name. Rename it there."
+            )
         if is_there(PACKAGE / f"{card.name}.json"):
             raise ArgumentError(
                 f"{where}: {card.name} is a model of the package; expected another name. Rename it there."
             )
-    make_folder(added(), "Choose another one with LMH_HOME.")
+    make_folder(added(), ANOTHER_HOME)
     for card in cards:
-        write_atomically(added() / f"{card.name}.json", card_text(card).encode())
+        write_atomically(added() / f"{card.name}.json", card_text(card).encode(), ANOTHER_HOME)
     return cards
 
 
@@ -259,8 +260,9 @@ def _beside(where: str, name: str) -> str:
 def _placed(card: ModelCard, where: str) -> ModelCard:
     """Return a card whose weights are located from anywhere."""
     location = _beside(where, card.weights.location)
-    parsed_location(location)
-    return replace(card, weights=replace(card.weights, location=location))
+    placed = replace(card, weights=replace(card.weights, location=location))
+    resting_place(placed.weights)
+    return placed
 
 
 def _small_text(where: str) -> str:
@@ -270,13 +272,8 @@ def _small_text(where: str) -> str:
         raise ArgumentError(f"{where}: the package's cards are there already; expected another address.")
     if not isinstance(source, LocalFile) and (variable := offline()):
         raise DownloadError(f"{where}: {variable} forbids to ask for it; expected a path. Unset {variable}.")
-    if isinstance(source, HubFile):
-        with tempfile.TemporaryDirectory() as folder:
-            data = source.fetch(Path(folder)).read_bytes()
-    else:
-        data = small_file(source)
     try:
-        return data.decode()
+        return small_file(source).decode()
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{where}: not a text; expected an index or a card in JSON. Name such a file.") from error
 
@@ -290,13 +287,22 @@ def _is_index(text: str) -> bool:
 
 
 def _index(text: str, where: str) -> dict[str, dict[str, Any]]:
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{where}: not an index; expected what `lmh zoo publish` writes. Take another folder.")
     version, models = found.get("version"), found.get("models")
     if isinstance(version, int) and version > INDEX_VERSION:
         raise ArtifactError(
             f"{where}: index version {version}; this lmh reads up to {INDEX_VERSION}. Update lmh-convert."
         )
-    keys = {"card", "card_sha256", "weights", "sha256", "size"}
-    if version != INDEX_VERSION or not isinstance(models, dict) or any(keys - set(entry) for entry in models.values()):
+    kinds = {"card": str, "card_sha256": str, "weights": str, "sha256": str, "size": int}
+    whole = isinstance(models, dict) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+        for entry in models.values()
+    )
+    if version != INDEX_VERSION or not whole:
         raise ArtifactError(f"{where}: a damaged index; expected what `lmh zoo publish` writes. Publish it again.")
     return models

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..artifact import write_atomically
+from ..errors import ArtifactError
+from ..records import plain_value
 from .model_cards import ModelCard, SpikingCard, read_card_file
-from .models import model_card, model_names, packaged
+from .models import packaged, readable_cards
 from .recipe import Recipe, read_recipe, recipe_names
 from .releases import INDEX
 
@@ -19,8 +22,8 @@ HEAD = """# Results
 
 Written by `lmh zoo results FOLDER… --output FILE` from the cards of the package and of folders (here docs/results).
 Accuracies in % on n samples of the test split. "not run" says that no card of it is here: `lmh zoo train RECIPE
---data SPEC --out DIR` makes one. "ANN" is the network that a spiking one started from, "after QCFS" what it was before
-its spikes were trained.
+--data SPEC --out DIR` makes one; "other settings" says that the recipe was changed since. "ANN" is the
+network that a spiking one started from, "after QCFS" what it was before its spikes were trained.
 
 The paper is Hao et al., ICLR 2024. Its Table 3 tests each network at T = 4, 6 and 8; its figure here is that of the T
 that ours is trained and measured at. Where it states no setting, the recipes' are ours. From an IF start a gradient
@@ -61,6 +64,24 @@ def _fitting(recipe: Recipe, known: Mapping[str, ModelCard]) -> ModelCard | None
     return card
 
 
+def _own_settings(recipe: Recipe, card: ModelCard) -> bool:
+    """Whether a card's network was trained with a recipe's settings as they are now.
+
+    Where the data and the ANN lay, and the precision that the device has, do not count.
+    """
+    wanted = plain_value(recipe)
+    keys = wanted.keys() - {"data"}
+    return all(_without_precision(card.recipe.get(key)) == _without_precision(wanted[key]) for key in keys)
+
+
+def _without_precision(plain: Any) -> Any:
+    if isinstance(plain, list):
+        return [_without_precision(item) for item in plain]
+    if isinstance(plain, Mapping):
+        return {key: _without_precision(value) for key, value in plain.items() if key != "precision"}
+    return plain
+
+
 def _table(recipes: Iterable[Recipe], known: Mapping[str, ModelCard]) -> str:
     head = ("recipe", "data", "architecture", "T", "method", "paper", "ours, t = 1…T", "ANN", "after QCFS", "n")
     rows = [_row(recipe, _fitting(recipe, known)) for recipe in recipes]
@@ -75,6 +96,8 @@ def _row(recipe: Recipe, card: ModelCard | None) -> tuple[str, ...]:
         ours, after, ann = _percent(card.accuracy or ()), _after_qcfs(card), _percent(source)
     elif card is not None:
         ours = _percent(source)
+    if card is not None and not _own_settings(recipe, card):
+        ours += " (other settings)"
     if published is not None and published.ann is not None:
         ann = f"{ann or NOT_RUN} (paper {published.ann:.2f})"
     if published is not None and published.qcfs is not None:
@@ -105,7 +128,7 @@ def _percent(values: Iterable[float]) -> str:
 
 def packaged_cards() -> list[ModelCard]:
     """Return the cards of the package."""
-    return [model_card(name) for name in model_names() if packaged(name)]
+    return [card for card in readable_cards() if not isinstance(card, ArtifactError) and packaged(card)]
 
 
 def cards_in(folders: Iterable[Path]) -> list[ModelCard]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = ("digits",)
 CHECKPOINT_MINUTES = 10.0
+ANOTHER = "Name another folder with --out."
 
 
 @click.command("train")
@@ -71,11 +73,12 @@ def train_command(
     if ann is not None and found.timesteps is None and found.ann is None:
         raise click.UsageError(f"--ann {ann} came with a recipe that trains an ANN from random weights. Leave it out.")
     opened = _opened(found, spec)
-    make_folder(out, "Name another with --out.")
+    make_folder(out, ANOTHER)
     path = out / f"{found.name}.safetensors"
     place = path.with_suffix(".json")
     facts = {**plain_value(found), "data": spec, "start": ann or found.ann}
-    if is_there(path) and is_there(place) and read_card_file(place).recipe in (facts, in_float32(facts)):
+    if is_there(path) and is_there(place):
+        _check_same(place, facts)
         click.echo(f"Trained already: {path}, {place}. Remove them to train again.")
         return
     terminal = Terminal()
@@ -89,13 +92,17 @@ def train_command(
     else:
         start = ann or _ann_of(found, opened, out)
         _check_start(found, opened, start)
-        measured = train_snn(context, found, spec, start, path, device)
+        if is_there(path):  # a run that ended before its card was written
+            measured = _measured(found, path, spec, terminal)
+        else:
+            measured = train_snn(context, found, spec, start, path, device)
     made = card_of_file(found.name, path, licence=licence, measured=measured)
-    made = replace(made, recipe=facts)
+    made = replace(made, recipe=facts, data=found.data)
     if isinstance(made, SpikingCard) and facts["start"] is None:
         made = replace(made, ann_accuracy=None, stages={})  # of random weights
         _untrained(found, out).unlink()
-    write_atomically(place, card_text(made).encode())
+    write_atomically(place, card_text(made).encode(), ANOTHER)
+    _checkpoint(path).unlink(missing_ok=True)
     click.echo(f"Written: {path}, {place}")
 
 
@@ -116,7 +123,7 @@ def train_ann(
         start: the ReLU network whose weights a QCFS network takes, and that it is distilled from; None starts from
             random weights.
         facts: of the recipe, for the record.
-        path: of the file; the checkpoint is beside it until it is written.
+        path: of the file; the checkpoint is beside it until the card is written.
         terminal: for the bar.
         device: ``auto``, ``cpu`` or ``cuda``.
 
@@ -127,7 +134,7 @@ def train_ann(
     from ..convert.loading import load_source
     from ..finetune import STBP, Checkpoint, fit
     from ..finetune.api import CALIBRATION_SAMPLES
-    from ..finetune.hybrid import start_from_relu
+    from ..finetune.hybrid import check_layers, start_from_relu
     from ..finetune.trainer import accuracy
 
     training = training_of(recipe)
@@ -138,24 +145,30 @@ def train_ann(
         )
     model = _fresh(recipe, data)
     chosen = seeded_order(data.train, recipe.seed)[: recipe.samples]
-    preprocessing = data.normalising(architecture(recipe.architecture).preprocessing)
+    source = None if start is None else load_source(start)
+    teacher = None if source is None else source.model
+    if teacher is not None:
+        check_layers(model, teacher)
+    if source is not None and source.card is not None:
+        preprocessing = source.card.preprocessing
+    else:
+        preprocessing = data.normalising(architecture(recipe.architecture).preprocessing)
     batches = Batches(
         data.train, preprocessing, training.batch_size, chosen, training.augmentation, shuffle_seed=recipe.seed
     )
-    teacher = None if start is None else load_source(start).model
     if teacher is not None:
         start_from_relu(model, teacher, preprocessing(data.train.images(chosen[:CALIBRATION_SAMPLES])))
     model.to(device_of(device))
-    checkpoint = path.with_name(f"{path.name}.training")
     with terminal.stage(f"training {recipe.name}", training.schedule.epochs * len(batches)) as advance:
         fit(
             model, batches, None, training.schedule, teacher=teacher,
-            checkpoint=Checkpoint(checkpoint, minutes=CHECKPOINT_MINUTES),
+            checkpoint=Checkpoint(_checkpoint(path), minutes=CHECKPOINT_MINUTES),
             on_batch=lambda epoch, _index, loss: advance(1, f"epoch {epoch + 1}, loss {loss:.3f}"),
         )  # fmt: skip
     measured = accuracy(model, Batches(data.test, preprocessing))
     record = {
         "recipe": facts,
+        "data": recipe.data,
         "num_classes": len(data.classes),
         "preprocessing": plain_value(preprocessing),
         "accuracy": measured,
@@ -163,8 +176,7 @@ def train_ann(
         "versions": versions(),
         "command": command_line(),
     }
-    write_tensors(path, model.state_dict(), {"record": record})
-    checkpoint.unlink(missing_ok=True)
+    write_tensors(path, model.state_dict(), {"record": record}, ANOTHER)
     terminal.notice(f"{recipe.name}: accuracy {100 * measured:.2f} % on {len(data.test)} test samples.")
 
 
@@ -188,7 +200,7 @@ def train_snn(context: click.Context, recipe: Recipe, spec: str, start: str, pat
             f"{recipe.name}: time_norm is {recipe.time_norm!r}; expected one of {', '.join(NORMALISATIONS)}."
         )
     folder = path.with_suffix("")
-    make_folder(folder, "Name another with --out.")
+    make_folder(folder, ANOTHER)
     wanted = folder / "recipe.toml"
     write_recipe(training_of(recipe), wanted)
     named = start.startswith(("zoo:", TORCHVISION))
@@ -219,6 +231,47 @@ def training_of(recipe: Recipe) -> TrainingRecipe:
         schedule=replace(training.schedule, seed=recipe.seed),
         augmentation=training.augmentation if own else architecture(recipe.architecture).augmentation,
     )
+
+
+def _checkpoint(path: Path) -> Path:
+    """Return where an ANN's training is kept until its card is written."""
+    return path.with_name(f"{path.name}.training")
+
+
+def _check_same(place: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse to train over a network of other settings; where its data lay does not count.
+
+    Raises:
+        ArgumentError: naming the settings that differ.
+    """
+    from ..finetune.precision import in_float32
+
+    known = read_card_file(place).recipe
+    odd = {
+        key for key in {*known, *facts} - {"data"} if known.get(key) not in (facts.get(key), in_float32(facts).get(key))
+    }
+    if odd:
+        raise ArgumentError(
+            f"{place}: is there already, and its {', '.join(sorted(odd))} {'is' if len(odd) == 1 else 'are'} another; "
+            "expected a network of this recipe, or none. Name another folder with --out, or remove it to train again."
+        )
+
+
+def _measured(recipe: Recipe, path: Path, spec: str, terminal: Terminal) -> dict[str, Any]:
+    """Measure a spiking network that has no card yet.
+
+    Raises:
+        ArgumentError: if another training made it.
+    """
+    from ..convert.report_cli import Request, report
+    from ..finetune.recipe import read_recipe as read_training
+
+    if read_training(str(path)) != training_of(recipe):
+        raise ArgumentError(
+            f"{path}: is there without a card and of another training; expected one of {recipe.name}, or none. Name "
+            "another folder with --out, or remove it to train."
+        )
+    return report(Request(str(path), spec), terminal)
 
 
 def _data_spec(recipe: Recipe, given: str | None) -> str:
@@ -256,10 +309,10 @@ def _ann_of(recipe: Recipe, data: DataSet, out: Path) -> str:
     """Return where the ANN is that a recipe names, or write one of random weights where it names none."""
     if recipe.ann is None:
         path = _untrained(recipe, out)
-        make_folder(path.parent, "Name another with --out.")
+        make_folder(path.parent, ANOTHER)
         preprocessing = data.normalising(architecture(recipe.architecture).preprocessing)
         facts = {"preprocessing": plain_value(preprocessing)}
-        write_tensors(path, _fresh(recipe, data).state_dict(), {"record": facts})
+        write_tensors(path, _fresh(recipe, data).state_dict(), {"record": facts}, ANOTHER)
         return str(path)
     path = out / f"{recipe.ann}.safetensors"
     if is_there(path):

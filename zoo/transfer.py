@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -111,10 +110,7 @@ class Transfer:
         while self._have() < self.weights.size:
             self.connections += 1
             try:
-                if isinstance(self.source, HubFile):
-                    self._fetch(self.source)
-                else:
-                    self._append(self.source)
+                self._append()
             except BrokenTransferError as error:
                 have = self._have()
                 failures = 0 if have > best else failures + 1
@@ -131,10 +127,10 @@ class Transfer:
                 time.sleep(wait)
         return self.connections - before
 
-    def _append(self, source: LocalFile | WebFile) -> None:
+    def _append(self) -> None:
         """Take what one connection gives, from where the part ends, or from the start if the sender begins there."""
         have = self._have()
-        stream = source.open(have)
+        stream = self.source.open(have)
         with contextlib.closing(stream):
             if stream.total not in (None, self.weights.size):
                 self._refuse_size(f"{stream.total}")
@@ -155,23 +151,6 @@ class Transfer:
                 raise self._unwritable(error) from error
         if self._have() < self.weights.size:
             raise BrokenTransferError(f"cut after {self._have()} of {self.weights.size} bytes")
-
-    def _fetch(self, source: HubFile) -> None:
-        """Let huggingface_hub transfer the file, into a folder where it finds what an earlier try left."""
-        folder = self.part.with_suffix(".hub")
-        try:
-            file = source.fetch(folder)
-            size = file.stat().st_size
-            self.received += size
-            if size == self.weights.size:
-                file.replace(self.part)
-            shutil.rmtree(folder)
-        except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise self._unwritable(error) from error
-        if size != self.weights.size:
-            self._refuse_size(f"{size}")
-        self.advance(size, "")
 
     def _refuse_size(self, came: str) -> None:
         self._discard()
@@ -196,7 +175,7 @@ class Transfer:
             self.part.unlink(missing_ok=True)
 
 
-def small_file(source: LocalFile | WebFile, patience: Patience | None = None) -> bytes:
+def small_file(source: LocalFile | WebFile | HubFile, patience: Patience | None = None) -> bytes:
     """Return the bytes of a small file, such as a card; of a larger one the first megabyte.
 
     Args:
@@ -221,7 +200,7 @@ def small_file(source: LocalFile | WebFile, patience: Patience | None = None) ->
             time.sleep(patience.wait(failures, error.wait))
 
 
-def _whole(source: LocalFile | WebFile) -> bytes:
+def _whole(source: LocalFile | WebFile | HubFile) -> bytes:
     with contextlib.closing(source.open(0)) as stream:
         data = b""
         while len(data) < SMALL and (chunk := _read(stream)):

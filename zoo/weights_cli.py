@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 from ..artifact import FORMAT, file_digest, is_there, read_tensors, user_path, write_atomically
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArtifactError
 from ..terminal import Terminal
 from ..verbosity import verbosity_options
-from .cache import is_whole, resting_place
+from .cache import SUFFIX, is_whole, resting_place
 from .locations import parsed_location
 from .model_cards import ModelCard, card_json, card_markdown
-from .models import download, model_card, model_names, packaged
+from .models import download, model_card, packaged, readable_cards
 from .releases import add, card_beside, card_of_file, publish
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -32,7 +32,7 @@ def download_command(names: tuple[str, ...], every: bool, as_json: bool) -> None
         raise click.UsageError("expected names of models, or --all.")
     terminal = Terminal(results=not as_json)
     found = []
-    for name in model_names() if every else names:
+    for name in [card.name for card in _readable()] if every else names:
         file = download(name.removeprefix("zoo:"), terminal)
         found.append({"name": name, "file": str(file), "sha256": file_digest(file), "size": file.stat().st_size})
     _print({"models": found}, [f"{entry['name']}: {entry['file']}" for entry in found], as_json)
@@ -43,19 +43,29 @@ def download_command(names: tuple[str, ...], every: bool, as_json: bool) -> None
 @JSON
 def verify_command(names: tuple[str, ...], as_json: bool) -> int:
     """Check the sha256 of all weights that are here, or of some. A wrong file of the cache is removed."""
-    found = [_verified(name.removeprefix("zoo:")) for name in names or model_names()]
+    cards = [model_card(name) for name in names] if names else _readable()
+    found = [_verified(card) for card in cards]
     lines = [f"{entry['name']}: {entry['state']} ({entry['file']})" for entry in found]
     _print({"models": found}, lines, as_json)
     return int(any(entry["state"].startswith("wrong") for entry in found))
 
 
-def _verified(name: str) -> dict[str, Any]:
-    weights = model_card(name).weights
+def _readable() -> list[ModelCard]:
+    """Return every card that can be read, and name the others on standard error."""
+    cards = list(readable_cards())
+    for card in cards:
+        if isinstance(card, ArtifactError):
+            click.echo(f"not readable: {card}", err=True)
+    return [card for card in cards if not isinstance(card, ArtifactError)]
+
+
+def _verified(card: ModelCard) -> dict[str, Any]:
+    weights = card.weights
     file = resting_place(weights)
     state = "absent"
     if is_whole(file, weights):
         state = "good"
-    elif is_there(file) and packaged(name):
+    elif is_there(file) and packaged(card):
         state = "wrong; install lmh-convert again"
     elif is_there(file):
         try:
@@ -63,7 +73,7 @@ def _verified(name: str) -> dict[str, Any]:
             state = "wrong, removed; `lmh zoo download` fetches it again"
         except OSError as error:
             state = f"wrong, and cannot be removed ({error.strerror or error})"
-    return {"name": name, "state": state, "file": str(file), "sha256": weights.sha256}
+    return {"name": card.name, "state": state, "file": str(file), "sha256": weights.sha256}
 
 
 @click.command("export-card")
@@ -110,7 +120,7 @@ def publish_command(
         name, _, file = text.rpartition("=")
         path = user_path(file)
         if folder:
-            parsed_location(folder + path.name)
+            parsed_location(f"{folder}x{SUFFIX}")
         measured = None
         if data is not None and card_beside(path, file_digest(path)) is None:
             measured = _measured(path, data, terminal)
@@ -119,7 +129,7 @@ def publish_command(
     if doubled:
         raise ArgumentError(f"{', '.join(sorted(doubled))}: named twice; expected a name for each. Pass NAME=FILE.")
     index = publish(cards, out)
-    lines = [f"{card.name}: {out / path.name}" for card, path in cards] + [f"Written: {index}"]
+    lines = [f"{card.name}: {out / card.name}{SUFFIX}" for card, _ in cards] + [f"Written: {index}"]
     _print({"index": str(index), "models": [card_json(card) for card, _ in cards]}, lines, as_json)
 
 
