@@ -32,6 +32,7 @@ types:
 	for file in lmh/*.py lmh/report lmh/py.typed; do ln -s ../../$$file $(TYPES)/; done
 
 bench: $(INSTALLED)
+	$(BIN)/python -m pip install --no-deps --requirement benchmarks/peers/requirements.txt
 	$(BIN)/python benchmarks/all.py
 
 clean:

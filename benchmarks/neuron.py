@@ -5,6 +5,7 @@
 
 All variants of a table run in turn, round after round. A figure is the median over the rounds; a ratio is the median
 of the ratios within a round, to the ideal (forward: a copy; forward and backward: a ReLU) or to a step of the ANN.
+The table of a deployed site over sizes shows from where on a compiled pass is the faster one.
 Memory is what a process grows by in one forward and backward pass. Prints its settings, the tables, and as the last
 line one JSON object.
 """
@@ -18,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -27,6 +29,7 @@ from torch import nn
 from lmh import LMH, Kernel, SpikingSite, __version__, fused_layers, kernels_used, use_kernel
 from lmh.batch_norm import PendingCurrent
 from lmh.convert import convert
+from lmh.frozen import FrozenSite
 from lmh.kernels import can_compile, programs
 from lmh.pages import keep_freed_memory
 from lmh.time_axis import TimeAxis
@@ -86,6 +89,22 @@ def neurons(kernel: Kernel, order: str, per_channel: bool, timesteps: int, batch
         current.grad = None
 
     return forward, both
+
+
+def frozen(exponent: int, timesteps: int) -> dict[str, Work]:
+    """A deployed site on 2**exponent values of current, compiled and not."""
+    theta = torch.ones(CHANNELS)
+    site = FrozenSite(SpikingSite(TimeAxis(timesteps), theta, torch.tensor(0.5), LMH(), channels=CHANNELS))
+    current = torch.randn(timesteps, CHANNELS, 2**exponent // (timesteps * CHANNELS))
+
+    def by(kernel: Kernel) -> Work:
+        def work() -> None:
+            with torch.inference_mode(), use_kernel(kernel):
+                site(current)
+
+        return work
+
+    return {kernel.value: by(kernel) for kernel in KERNELS if kernel is not Kernel.EAGER}
 
 
 def layer(order: str, timesteps: int, batch: int, fuse: bool) -> Work:
@@ -204,7 +223,7 @@ def main(
           f"{network_batch}, {repeats} and {network_repeats} rounds, {'CPU' if cpu_time else 'wall'} time, {threads} "
           f"threads, freed memory {'kept' if kept else 'given back'}, lmh {__version__}, torch {torch.__version__}, "
           f"{platform.machine()}")  # fmt: skip
-    results: dict[str, object] = {"threads": threads, "clock": "cpu" if cpu_time else "wall", "timesteps": timesteps}
+    results: dict[str, Any] = {"threads": threads, "clock": "cpu" if cpu_time else "wall", "timesteps": timesteps}
 
     copy, relu = ideal(timesteps, batch)
     forward: dict[str, Work] = {"ideal": copy}
@@ -227,6 +246,13 @@ def main(
         }
         results[f"layer, {order}"] = summary(rounds(variants, repeats, clock), "after one another")
         show(f"BatchNorm and neurons, forward and backward, {order}", results[f"layer, {order}"])
+    if Kernel.COMPILED in KERNELS:
+        print("\na deployed site without gradients, ms uncompiled and compiled")
+        results["sizes"] = {}
+        for exponent in range(12, 15 if quick else 23):
+            found = summary(rounds(frozen(exponent, timesteps), 10 * repeats, clock), Kernel.FUSED.value)
+            results["sizes"][exponent] = {name: row["ms"] for name, row in found.items()}
+            print(f"  2^{exponent:<2} values{found['fused']['ms']:10.3f}{found['compiled']['ms']:10.3f}")
     results["site_peak_mib"] = peaks(timesteps, batch, network=False)
     print(f"\none site, memory of a forward and backward pass in MiB: {results['site_peak_mib']}")
 

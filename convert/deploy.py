@@ -21,11 +21,12 @@ from ..frozen import FrozenSite
 from ..int8 import SpikeLayer
 from ..int8 import available as int8_layers_exist
 from ..kernels import Kernel, use_kernel
-from ..op_table import BATCHNORM_MODULES, SYNAPSE_MODULES
-from ..ops import module_of, plain_sum
+from ..memory_order import store_weights
+from ..op_table import BATCHNORM_MODULES, SYNAPSE_MODULES, Kind
+from ..ops import kind_of, module_of, plain_sum
 from ..shapes import node_values
 from ..spiking import sites
-from ..structures import SampleShape, Shape, as_sample_shape, batched, each_shape, each_tensor, example_tensor
+from ..structures import SampleShape, Shape, as_sample_shape, batched, cast_floats, each_shape, example_tensor
 from ..time_axis import Readout, Timed, call, takes_events, time_axis
 from .freeze import TRANSPOSED, freeze_sites
 from .paths import unique_path
@@ -35,8 +36,12 @@ from .storage import MANIFEST
 _ROUNDS = 4
 
 
-def network_of(network: Conversion | fx.GraphModule) -> fx.GraphModule:
-    """Return the spiking network of what a user wants exported.
+def network_of(network: Conversion | fx.GraphModule, where: str = "export") -> fx.GraphModule:
+    """Return the spiking network of what a user wants exported or deployed.
+
+    Args:
+        network: what came.
+        where: it came to, for errors.
 
     Raises:
         ArgumentError: if it is none, or has no data.
@@ -44,7 +49,7 @@ def network_of(network: Conversion | fx.GraphModule) -> fx.GraphModule:
     snn = network.snn if isinstance(network, Conversion) else network
     if not isinstance(snn, fx.GraphModule) or not sites(snn):
         raise ArgumentError(
-            f"export: got a {type(snn).__name__} without spiking sites; expected what lmh.convert.convert or load "
+            f"{where}: got a {type(snn).__name__} without spiking sites; expected what lmh.convert.convert or load "
             "returned. Convert it first, and pass the network itself, not a wrapper around it (DDP, torch.compile)."
         )
     if any(isinstance(site, FrozenSite) for site in sites(snn).values()):
@@ -53,7 +58,7 @@ def network_of(network: Conversion | fx.GraphModule) -> fx.GraphModule:
             "Pass that one."
         )
     if any(tensor.device.type == "meta" for tensor in (*snn.parameters(), *snn.buffers())):
-        raise ArgumentError("export: the network is on the meta device and has no values. Load its weights first.")
+        raise ArgumentError(f"{where}: the network is on the meta device and has no values. Load its weights first.")
     return snn
 
 
@@ -128,7 +133,7 @@ def deploy(
         network: from ``convert`` or ``load``; not changed. Keep it: a deployed one is not trained, saved or exported.
         example: an input, [N, *F] or [T, N, *F], or a sequence of several, such as will come later.
         input_shape: of one sample, without batch (a shape for each of several inputs); not needed for a Conversion or
-            a loaded network.
+            a loaded network, or with an ``example``. Without any of these, less is folded around linear layers.
         dtype: torch.float32, torch.bfloat16 or torch.float16; that of the network unless given. Inputs are cast to it
             and outputs back; a cast in the network itself (``x.float()``) stays.
         int8: round weights to int8, for x86 CPUs; around them float32 or bfloat16.
@@ -146,16 +151,20 @@ def deploy(
     >>> torch.equal(fast(x).argmax(1), snn(x).argmax(1)), [site.binary for site in sites(fast).values()]
     (True, [False, True, True, True])
     """
-    given = example_tensor(network_of(network)).dtype
+    snn = network_of(network, "deploy")
+    given = example_tensor(snn).dtype
     dtype = _checked_dtype(given if dtype is None else dtype, given, int8)
-    model = fold_batchnorm(network, input_shape=input_shape)
+    examples = () if example is None else (example,) if isinstance(example, Tensor) else tuple(example)
     shape = sample_shape_of(network, input_shape)
+    if shape is None and examples:
+        shape = as_sample_shape([x.shape[2 if takes_events(snn) else 1 :] for x in examples])
+    model = fold_batchnorm(network, input_shape=shape)
     freeze_sites(model, _flat_outputs(model, shape), int8=dtype if int8 else None)
     if int8 and not any(isinstance(module, SpikeLayer) for module in model.modules()):
         raise ArgumentError(
             "deploy: int8=True was asked for and no layer can have it; expected a convolution [N, C, H, W] or a linear "
             "layer that alone reads a site's spikes, straight or flattened, and is called once, with a θ that is the "
-            "same at every step. Leave it out."
+            f"same at every step. {'Leave' if shape else 'Pass example= too, for linear layers, or leave'} int8 out."
         )
     if dtype != given:
         _compute_in(model, dtype, given)
@@ -165,7 +174,7 @@ def deploy(
     model.meta.pop(MANIFEST, None)
     if dtype != given and shape is not None:
         _check_casts(model, shape, dtype, given)
-    return model if example is None else _faster(model, (example,) if isinstance(example, Tensor) else tuple(example))
+    return _faster(model, examples) if examples else model
 
 
 def spike_changes(network: Conversion | fx.GraphModule, deployed: fx.GraphModule, *inputs: Tensor) -> dict[str, float]:
@@ -188,7 +197,7 @@ def spike_changes(network: Conversion | fx.GraphModule, deployed: fx.GraphModule
     >>> list(changes), all(0 <= share < 0.05 for share in changes.values())
     (['stem.2', 'block.relu1', 'block.relu2', 'down.2'], True)
     """
-    snn = network_of(network)
+    snn = network_of(network, "spike_changes")
     if list(sites(snn)) != list(sites(deployed)):
         raise ArgumentError(
             f"spike_changes: the sites are {', '.join(sites(snn))} and {', '.join(sites(deployed))}; expected the "
@@ -245,23 +254,19 @@ def _compute_in(model: fx.GraphModule, dtype: torch.dtype, given: torch.dtype) -
     for module in model.modules():
         if not isinstance(module, (FrozenSite, SpikeLayer)):
             for tensors in (module._parameters, module._buffers):
-                cast = {name: _cast(value.data, dtype) for name, value in tensors.items() if value is not None}
+                cast = {name: cast_floats(value.data, dtype) for name, value in tensors.items() if value is not None}
                 for name, value in cast.items():
                     tensors[name] = nn.Parameter(value, requires_grad=False) if tensors is module._parameters else value
     graph = model.graph
     for node in list(graph.nodes):
         if node.op == "placeholder":
             with graph.inserting_after(node):
-                inside = graph.call_function(_cast, (node, dtype))
+                inside = graph.call_function(cast_floats, (node, dtype))
             node.replace_all_uses_with(inside, delete_user_cb=lambda user, inside=inside: user is not inside)
-        elif node.op == "output":
-            with graph.inserting_before(node):
-                node.args = fx.map_arg(node.args, lambda value: graph.call_function(_cast, (value, given)))
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Tensors of floating point in another dtype, also those in a tuple; anything else as it is."""
-    return each_tensor(lambda x: x.to(dtype) if x.is_floating_point() else x, value)
+        elif kind_of(node) is Kind.OUTPUT:
+            for source in [source for source in node.all_input_nodes if kind_of(source) is not Kind.OUTPUT]:
+                with graph.inserting_before(node):
+                    node.replace_input_with(source, graph.call_function(cast_floats, (source, given)))
 
 
 def _check_casts(model: fx.GraphModule, shape: SampleShape, dtype: torch.dtype, given: torch.dtype) -> None:
@@ -335,17 +340,18 @@ def _foldable(source: fx.Node, norm: nn.Module) -> bool:
 
 def _faster(model: fx.GraphModule, example: Sequence[Tensor]) -> fx.GraphModule:
     """Store weights and images in the order that takes less time."""
-    taken: dict[torch.memory_format, float] = {}
-    for order in (torch.channels_last, torch.contiguous_format):
-        model.to(memory_format=order)  # type: ignore[call-overload]
+    taken: dict[bool, float] = {}
+    for channels_last in (True, False):
+        store_weights(model, channels_last=channels_last)
         times = []
         with torch.inference_mode():
             for _ in range(_ROUNDS):
                 started = time.perf_counter()
                 model(*example)
                 times.append(time.perf_counter() - started)
-        taken[order] = min(times[1:])
-    return model.to(memory_format=min(taken, key=lambda order: taken[order]))  # type: ignore[call-overload]
+        taken[channels_last] = min(times[1:])
+    store_weights(model, channels_last=taken[True] < taken[False])
+    return model
 
 
 def _fold(model: fx.GraphModule, source: fx.Node, node: fx.Node, norm: Any) -> None:

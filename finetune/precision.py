@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from ..memory_order import store_weights
 from ..records import plain_value
 
 
@@ -91,11 +92,11 @@ def stored_for(model: nn.Module, precision: Precision) -> Iterator[None]:
     if not precision.channels_last:
         yield
         return
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    store_weights(model, channels_last=True)
     try:
         yield
     finally:
-        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        store_weights(model, channels_last=False)
 
 
 def stored_input(x: Tensor, precision: Precision) -> Tensor:

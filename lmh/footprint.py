@@ -1,10 +1,10 @@
 """How much of an inference runs at once: what fits into memory, by a rule.
 
-One sample is run with one step and with two, and the tensors that live between the nodes of the graph are added up at
-every node. The largest sum is f + c s bytes for s steps at once: f for what does not depend on time, c for each step.
-Then
+One sample is run with two steps and with three, and the tensors that live between the nodes of the graph are added up
+at every node. For s steps at once that sum is f + c s bytes: f for what does not depend on time, c for each step; b(s)
+is the largest of these sums. Then
 
-1. as many samples as fit run at once, each over all T steps: ⌊memory / (f + c T)⌋;
+1. as many samples as fit run at once, each over all T steps: ⌊memory / b(T)⌋;
 2. where not one fits, one sample runs at a time, in chunks of as many steps as fit, and keeps its state between them.
 
 What layers need inside of them is not counted, so half of the free memory is used unless it is said how much. Free is
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +31,10 @@ from .time_axis import Readout, call, carry_state, takes_events, time_axis
 
 GROUPS = Path("/sys/fs/cgroup")
 GROUP_FILES = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
+"""The limit, what is used, and what of that the system gives back, which is files that were read."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +79,23 @@ def part_of(snn: nn.Module, inputs: Sequence[Tensor], fit: Fit) -> Part:
     axis = 1 if takes_events(snn) else 0
     if inputs[0].shape[axis] == 0:
         return Part(1, timesteps)
-    sample = [x.narrow(axis, 0, 1) for x in inputs]
     memory = _free(inputs[0].device) / 2 if fit.megabytes is None else 1e6 * fit.megabytes
-    one = live_bytes(snn, sample, 1)
-    step = live_bytes(snn, sample, 2) - one if timesteps > 1 else 0
-    fixed = one - step
-    whole = int(memory // max(fixed + step * timesteps, 1))
+    needed = _needed(snn, [x.narrow(axis, 0, 1) for x in inputs], timesteps)
+    whole = int(memory // max(needed(timesteps), 1))
     if whole:
         return Part(min(whole, inputs[0].shape[axis]), timesteps)
-    return Part(1, min(max(int((memory - fixed) // max(step, 1)), 1), timesteps))
+    return Part(1, next((steps for steps in range(timesteps, 1, -1) if needed(steps) <= memory), 1))
+
+
+def _needed(snn: fx.GraphModule, sample: Sequence[Tensor], timesteps: int) -> Callable[[int], int]:
+    """Return what gives the bytes of a run of so many steps of one sample, b(s)."""
+    first, second = min(timesteps, 2), min(timesteps, 3)
+    pairs = list(zip(_live(snn, sample, first), _live(snn, sample, second), strict=True))
+    return lambda steps: max(one + (other - one) * (steps - first) for one, other in pairs)
 
 
 def live_bytes(snn: fx.GraphModule, inputs: Sequence[Tensor], steps: int) -> int:
-    """Return the largest sum of the tensors between nodes in a run of some steps, the states of the neurons included.
+    """Return the largest sum of the tensors between nodes in a run of some steps in eval mode, and all that is kept.
 
     >>> from lmh.convert import load
     >>> snn, x = load("zoo:digits-cnn-t4"), torch.zeros(1, 1, 8, 8)
@@ -98,23 +103,30 @@ def live_bytes(snn: fx.GraphModule, inputs: Sequence[Tensor], steps: int) -> int
     >>> one < two < 2 * one
     True
     """
-    if takes_events(snn):
-        inputs = [x[:steps] for x in inputs]
+    return max(_live(snn, inputs, steps))
+
+
+def _live(snn: fx.GraphModule, inputs: Sequence[Tensor], steps: int) -> list[int]:
+    """Return the bytes at every node, and of all that is kept."""
+    inputs = [(x[:steps] if takes_events(snn) else x).clone() for x in inputs]  # without what else is in their memory
     watch = _Watch(snn)
-    with use_kernel(Kernel.EAGER), call(time_axis(snn), Readout.PER_STEP, steps), carry_state(snn):
+    with use_kernel(Kernel.EAGER), call(time_axis(snn), Readout.RUNNING, steps), carry_state(snn):
         watch.run(*inputs)
-        states = [vars(module).get("_carried") for module in snn.modules()]
-        return watch.most + sum(_storages(states).values())
+        states = [vars(module).get(name) for module in snn.modules() for name in ("_carried", "_so_far")]
+        kept = sum(_storages(states).values())
+        return [live + kept for live in watch.live]
 
 
 class _Watch(fx.Interpreter):
     """Runs a graph and adds up what lives at every node."""
 
-    most = 0
+    def __init__(self, snn: fx.GraphModule) -> None:
+        super().__init__(snn)
+        self.live: list[int] = []
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        self.most = max(self.most, sum(_storages([value, *self.env.values()]).values()))
+        self.live.append(sum(_storages([value, *self.env.values()]).values()))
         return value
 
 
@@ -135,10 +147,11 @@ def _free(device: torch.device) -> float:
 def _free_of_groups() -> list[float]:
     """Return what control groups still allow this process, for those whose files are where containers see them."""
     found = []
-    for most, used in GROUP_FILES:
+    for most, used, parts, given_back in GROUP_FILES:
         try:
-            limit, taken = ((GROUPS / name).read_text(encoding="ascii").strip() for name in (most, used))
-            found.append(float(limit) - float(taken))
+            limit, taken, stat = ((GROUPS / name).read_text(encoding="ascii").strip() for name in (most, used, parts))
+            files = dict(line.split() for line in stat.splitlines()).get(given_back, 0)
+            found.append(max(float(limit) - float(taken) + float(files), 0.0))
         except (OSError, ValueError):  # no such group, or "max"
             continue
     return found

@@ -52,6 +52,11 @@ class FrozenJob:
     keep: bool
     summed: bool = False
 
+    @property
+    def forgets(self) -> bool:
+        """Whether v_D[t−1] plays no part, as μ_D is 0."""
+        return ("mu_d", 0.0) in self.numbers
+
 
 def frozen_pass(job: FrozenJob, form: object, currents: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Run the T steps.
@@ -65,8 +70,8 @@ def frozen_pass(job: FrozenJob, form: object, currents: Tensor, *tensors: Tensor
             step (but the state).
 
     Returns:
-        θ s or s, the steps one behind the other along the first axis of S, in the dtype of the current or uint8; v_D[T]
-        and v_S[T] if they are kept.
+        θ s or s, the steps one behind the other along the first axis of S, in the dtype of the current or uint8; if the
+        last state is kept, v_D[T], unless it is forgotten, and v_S[T].
     """
     left = iter(tensors)
     added = [next(left)] if job.summed else []
@@ -90,8 +95,9 @@ def frozen_pass(job: FrozenJob, form: object, currents: Tensor, *tensors: Tensor
         output = spikes * theta
         soma = membrane - output
         outputs.append((spikes if job.binary else output).to(torch.uint8 if job.uint8 else currents.dtype))
-    last = (dendrite, soma) if job.keep else ()
-    return torch.cat(outputs), *(potential for potential in last if potential is not None)
+    if not job.keep:
+        return (torch.cat(outputs),)
+    return torch.cat(outputs), *(() if job.forgets else (dendrite,)), soma
 
 
 def _product(factor: Tensor | float, potential: Tensor | None) -> Tensor | None:
@@ -172,7 +178,7 @@ class FrozenSite(SpikingSite):
         dtype = state_dtype(current)
         start, begun = self._start(current, dtype)
         rests = self._carried is None
-        state = (not rests, not (rests and self.silent))
+        state = (not rests and ("mu_d", 0.0) not in self.numbers, not (rests and self.silent))
         job = FrozenJob(
             steps,
             self.static,
@@ -197,7 +203,8 @@ class FrozenSite(SpikingSite):
         if not torch.compiler.is_compiling():
             self.kernel = kernel
         if last:
-            self._carried = State(*(potential.detach() for potential in last)), begun + steps
+            dendrite = start.v_dendrite if job.forgets else last[0]
+            self._carried = State(dendrite.detach(), last[-1].detach()), begun + steps
         return output
 
     @property

@@ -6,9 +6,22 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LONG_ENOUGH = 16  # values that a CPU with AVX-512 takes at once in float32
+
+
+def store_weights(model: nn.Module, *, channels_last: bool) -> None:
+    """Store the weights of convolutions channels last, or as torch makes them.
+
+    Args:
+        model: changed in place; its 4-D tensors, and the 5-D ones of 3-D convolutions.
+        channels_last: which of the two.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim in (4, 5):
+            last = torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d
+            tensor.data = tensor.data.contiguous(memory_format=last if channels_last else torch.contiguous_format)
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,18 @@ def kind_of(node: fx.Node) -> Kind:
     return Kind.SHAPE if kind is Kind.MAXPOOL and _selects(node) else kind
 
 
+def readout_name(node: fx.Node) -> str:
+    """Return what a node of kind ``READOUT`` computes: ``softmax``, ``log_softmax``, ``sigmoid`` or ``logsigmoid``."""
+    module = module_of(node)
+    if isinstance(module, (nn.Softmax, nn.Softmax2d, nn.Softmin)):
+        return "softmax"
+    if isinstance(module, nn.LogSoftmax):
+        return "log_softmax"
+    if module is not None:
+        return type(module).__name__.lower()
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
 def _selects(pool: fx.Node) -> bool:
     """Whether each window of a max-pool holds one value, as in feature pyramids: it then only leaves values out."""
     module = module_of(pool)

@@ -274,7 +274,7 @@ class SpikingSite(Timed):
         """Keep the carried state of the samples where ``which``, [N], is True."""
         if self._carried is not None:
             state, begun = self._carried
-            self._carried = State(*(potential[which] for potential in state)), begun
+            self._carried = State(*(each if each.ndim == 0 else each[which] for each in state)), begun
 
     def extra_repr(self) -> str:
         """Return θ's mean, the preset and T, for the module's repr."""

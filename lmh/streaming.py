@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .arguments import check_labels, split_batch
 from .errors import ArgumentError, DataError
 from .eval_mode import in_eval_mode
 from .footprint import Fit, part_of
+from .op_table import Kind
+from .ops import kind_of, module_of, readout_name
 from .readout import MeanReadout
-from .structures import example_tensor, input_count, only_tensor
-from .time_axis import TimeAxis, Timed, carry_state, per_step, prefixes, takes_events, time_axis
+from .structures import cast_floats, example_tensor, input_count, only_tensor
+from .time_axis import (
+    Border,
+    Readout,
+    TimeAxis,
+    Timed,
+    call,
+    carry_state,
+    check_frames,
+    prefixes,
+    takes_events,
+    time_axis,
+)
 
 
 def streamed(snn: nn.Module, *inputs: Tensor, chunk: int | Fit = 1) -> Tensor:
@@ -42,9 +55,9 @@ def streamed(snn: nn.Module, *inputs: Tensor, chunk: int | Fit = 1) -> Tensor:
     >>> torch.allclose(streamed(snn, x), snn(x), atol=1e-5)
     True
     """
-    time = _mean_over_time("streamed", snn)
+    time = _mean_over_time("streamed", snn, inputs)
     if not isinstance(chunk, Fit):
-        if chunk < 1:
+        if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise ArgumentError(
                 f"streamed: chunk is {chunk!r}; expected a whole number of steps, at least 1, or Fit()."
             )
@@ -57,13 +70,12 @@ def streamed(snn: nn.Module, *inputs: Tensor, chunk: int | Fit = 1) -> Tensor:
 
 
 def _in_chunks(snn: nn.Module, inputs: Sequence[Tensor], timesteps: int, chunk: int) -> Tensor:
-    """Return the mean over T, run in chunks of steps."""
-    total = torch.zeros(())
-    with _answering(snn, carry=chunk < timesteps):
+    """Return the answer after T steps, run in chunks of steps."""
+    answer = torch.empty(())
+    with _answering(snn):
         for first in range(0, timesteps, chunk):
-            steps = min(chunk, timesteps - first)
-            total = _steps(snn, inputs, first, steps).sum(0) + total.to(inputs[0].device)
-    return total / timesteps
+            answer = _go_on(snn, inputs, first, min(chunk, timesteps - first))
+    return answer
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ class Exits:
     """What :func:`early_exit` answers.
 
     Attributes:
-        outputs: the mean over the steps that a sample ran, [N, classes].
+        outputs: the answer after the steps that a sample ran, [N, classes].
         steps: how many these were, [N], whole numbers from 1 to T.
     """
 
@@ -82,11 +94,12 @@ class Exits:
 def early_exit(snn: nn.Module, *inputs: Tensor, confidence: float) -> Exits:
     """Run step by step in eval mode and stop each sample as soon as it is sure.
 
-    A sample leaves the batch after step t if the largest softmax probability of its mean output over steps 1…t is at
-    least ``confidence``, and after step T in any case; the rest goes on without it.
+    A sample leaves the batch after step t if the largest probability of its answer after steps 1…t is at least
+    ``confidence``, and after step T in any case; the rest goes on without it. Probabilities are the softmax of the
+    answer, or the answer itself where the network ends in a softmax.
 
     Args:
-        snn: a converted network that returns logits [N, classes], deployed or not.
+        snn: a converted network that returns logits [N, classes] or their softmax, deployed or not.
         *inputs: as ``snn`` takes them.
         confidence: from 0 to 1. :func:`exit_curve` shows what each costs.
 
@@ -98,23 +111,22 @@ def early_exit(snn: nn.Module, *inputs: Tensor, confidence: float) -> Exits:
     >>> found.outputs.shape, bool((found.steps <= 4).all())
     (torch.Size([8, 10]), True)
     """
-    time, events = _mean_over_time("early_exit", snn), takes_events(snn)
+    time, events = _mean_over_time("early_exit", snn, inputs), takes_events(snn)
+    certainty = _certainty("early_exit", snn)
     _check_confidence("early_exit", confidence)
     axis = 1 if events else 0
     count = inputs[0].shape[axis]
     left = torch.arange(count, device=inputs[0].device)
     steps = torch.zeros(count, dtype=torch.int64, device=left.device)
     answers: list[Tensor] = []
-    total = torch.zeros(())
     with _answering(snn):
         for t in range(1, time.timesteps + 1):
-            total = _steps(snn, inputs, t - 1, 1)[0] + total.to(left.device)
-            mean = total / t
-            _check_logits("early_exit", mean)
-            stays = mean.softmax(1).amax(1) < confidence if t < time.timesteps else torch.zeros_like(left).bool()
-            answers.append(mean.new_zeros(count, mean.shape[1]).index_copy(0, left[~stays], mean[~stays]))
+            answer = _go_on(snn, inputs, t - 1, 1)
+            _check_logits("early_exit", answer)
+            stays = certainty(answer) < confidence if t < time.timesteps else torch.zeros_like(left).bool()
+            answers.append(answer.new_zeros(count, answer.shape[1]).index_copy(0, left[~stays], answer[~stays]))
             steps[left[~stays]] = t
-            left, total = left[stays], total[stays]
+            left = left[stays]
             if len(left) == 0:
                 break
             inputs = tuple(x[:, stays] if events else x[stays] for x in inputs)
@@ -161,6 +173,7 @@ def exit_curve(snn: nn.Module, data: Iterable[Any], confidences: Sequence[float]
     True
     """
     _mean_over_time("exit_curve", snn)
+    certainty = _certainty("exit_curve", snn)
     for confidence in confidences:
         _check_confidence("exit_curve", confidence)
     like = example_tensor(snn)
@@ -173,7 +186,7 @@ def exit_curve(snn: nn.Module, data: Iterable[Any], confidences: Sequence[float]
             answers = only_tensor(prefixes(snn, *(x.to(like) for x in inputs)), "exit_curve")
             _check_logits("exit_curve", answers[0])
             labels = check_labels("exit_curve: data", labels, answers.shape[1]).to(answers.device)
-            sure = answers.softmax(2).amax(2)
+            sure = certainty(answers)
             samples += len(labels)
             for index, confidence in enumerate(confidences):
                 leaves = sure >= confidence
@@ -197,15 +210,35 @@ def _answering(snn: nn.Module, *, carry: bool = True) -> Iterator[None]:
         yield
 
 
-def _steps(snn: nn.Module, inputs: Sequence[Tensor], first: int, steps: int) -> Tensor:
-    """The outputs of some steps, [steps, N, *out]."""
+def _go_on(snn: nn.Module, inputs: Sequence[Tensor], first: int, steps: int) -> Tensor:
+    """Run some steps and return the answer after all steps so far, [N, *out]."""
     if takes_events(snn):
         inputs = [x[first : first + steps] for x in inputs]
-    return only_tensor(per_step(snn, *inputs, steps=steps), "the network")
+    with call(time_axis(snn), Readout.RUNNING, steps):
+        return only_tensor(snn(*inputs), "the network")
 
 
-def _mean_over_time(where: str, snn: nn.Module) -> TimeAxis:
+def _certainty(where: str, snn: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what gives the largest probability in answers [..., classes], by what the network ends in."""
+    graph = next(module.graph for module in snn.modules() if isinstance(module, fx.GraphModule))
+    last = next(node for node in graph.nodes if node.op == "output").all_input_nodes[-1]
+    while last.target is cast_floats or isinstance(module_of(last), Border) or kind_of(last) is Kind.OUTPUT:
+        last = last.all_input_nodes[0]
+    if kind_of(last) is not Kind.READOUT or (name := readout_name(last)) == "log_softmax":
+        return lambda answers: answers.softmax(-1).amax(-1)
+    if name == "softmax":
+        return lambda answers: answers.amax(-1)
+    raise ArgumentError(
+        f"{where}: the network ends in {name}; expected logits [N, classes], or a softmax of them. Convert the network "
+        "without its last layer."
+    )
+
+
+def _mean_over_time(where: str, snn: nn.Module, inputs: Sequence[Tensor] = ()) -> TimeAxis:
     time = time_axis(snn)
+    if takes_events(snn):
+        for x in inputs:
+            check_frames(x, time.timesteps)
     if not isinstance(time.average, MeanReadout):
         raise ArgumentError(
             f"{where}: the network's readout is {time.average}; expected the mean over time. "

@@ -121,6 +121,11 @@ def each_tensor(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return function(value) if isinstance(value, Tensor) else pytree.tree_map_only(Tensor, function, value)
 
 
+def cast_floats(value: Any, dtype: torch.dtype) -> Any:
+    """Return tensors of floating point in another dtype, also those in a tuple; anything else as it is."""
+    return each_tensor(lambda x: x.to(dtype) if x.is_floating_point() else x, value)
+
+
 def example_tensor(network: nn.Module) -> Tensor:
     """Return a tensor of the dtype and on the device that a network computes with: its first of floating point.
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .errors import ArgumentError, StateError
 from .readout import Average, MeanReadout
@@ -32,6 +33,12 @@ class Readout(Enum):
     MEAN = "the answer: the mean over time, or another average of it, [N, *F]"
     PREFIXES = "the answer after steps 1…t, for every t, [T, N, *F]"
     PER_STEP = "every step, [T, N, *F]"
+    RUNNING = "in eval mode, the answer after this call's steps and those before it in carry_state, [N, *F]"
+
+    @property
+    def once(self) -> bool:
+        """Whether there is one answer, not one for each step."""
+        return self in (Readout.MEAN, Readout.RUNNING)
 
 
 @dataclass(eq=False)
@@ -73,7 +80,7 @@ class Timed(nn.Module):
         return x.unflatten(0, (self.time.steps, -1))
 
     def drop_state(self) -> None:
-        """Forget what was kept for the next call; only sites and gates keep anything."""
+        """Forget what was kept for the next call; sites, gates and the tail's entrance keep something."""
 
     def keep_samples(self, which: Tensor) -> None:
         """Of what was kept for the next call, keep the samples where ``which``, [N], is True."""
@@ -96,12 +103,21 @@ class FoldEvents(Border):
 
     def cross(self, x: Tensor) -> Tensor:
         """Fold time into the batch."""
-        if x.shape[0] != self.time.steps:
-            raise ArgumentError(
-                f"input: the first axis has {x.shape[0]} steps; expected {self.time.steps}, as this call "
-                f"runs that many. Pass frames as [T, N, …]."
-            )
+        check_frames(x, self.time.steps)
         return x.flatten(0, 1)
+
+
+def check_frames(x: Tensor, steps: int) -> None:
+    """Refuse event frames of another number of steps.
+
+    Raises:
+        ArgumentError: if the first axis of ``x`` is not of that length.
+    """
+    if x.shape[0] != steps:
+        raise ArgumentError(
+            f"input: the first axis has {x.shape[0]} steps; expected {steps}, as this call runs that many. Pass frames "
+            "as [T, N, …]."
+        )
 
 
 class RepeatOverTime(Border):
@@ -140,6 +156,34 @@ class EnterTail(Border):
     BatchNorm and dropout see single steps, and for per-step outputs the tensor stays [T·N, *F].
     """
 
+    def __init__(self, time: TimeAxis) -> None:
+        super().__init__(time)
+        self._so_far: tuple[list[Any], int] | None = None
+
+    def forward(self, x: Any) -> Any:
+        """Let a tensor, or every tensor in ``x``, cross; for a running answer with what crossed before."""
+        if self.training or self.time.readout is not Readout.RUNNING:
+            return super().forward(x)
+        parts, structure = pytree.tree_flatten(x)
+        before, begun = self._so_far or ([0.0] * len(parts), 0)
+        sums = [
+            total + self.unfold(part).sum(0, dtype=torch.promote_types(part.dtype, torch.float32))
+            for total, part in zip(before, parts, strict=True)
+        ]
+        self._so_far = sums, begun + self.time.steps
+        means = [(total / self._so_far[1]).to(part.dtype) for total, part in zip(sums, parts, strict=True)]
+        return pytree.tree_unflatten(means, structure)
+
+    def drop_state(self) -> None:
+        """Forget the sum over the steps so far."""
+        self._so_far = None
+
+    def keep_samples(self, which: Tensor) -> None:
+        """Keep the sums of the samples where ``which``, [N], is True."""
+        if self._so_far is not None:
+            sums, begun = self._so_far
+            self._so_far = [total[which] for total in sums], begun
+
     def cross(self, x: Tensor) -> Tensor:
         """Reduce [T·N, *F] to [N, *F], to prefix means [T·N, *F], or pass it on."""
         if self.training or self.time.readout is Readout.PER_STEP:
@@ -152,7 +196,7 @@ class RepeatInTail(RepeatOverTime):
 
     def cross(self, x: Tensor) -> Tensor:
         """Repeat ``x`` for every step that the tail runs."""
-        if self.training or self.time.readout is not Readout.MEAN:
+        if self.training or not self.time.readout.once:
             return super().cross(x)
         return x
 
@@ -172,7 +216,7 @@ class LeaveTime(Border):
 
     def cross(self, x: Tensor) -> Tensor:
         """Give the result the shape that the caller asked for."""
-        return x if self.time.readout is Readout.MEAN else self.unfold(x)
+        return x if self.time.readout.once else self.unfold(x)
 
 
 class LeaveConstant(Border):
@@ -180,7 +224,7 @@ class LeaveConstant(Border):
 
     def cross(self, x: Tensor) -> Tensor:
         """Repeat ``x``, without a copy, where the caller asked for every step."""
-        return x if self.time.readout is Readout.MEAN else x.expand(self.time.steps, *x.shape)
+        return x if self.time.readout.once else x.expand(self.time.steps, *x.shape)
 
 
 def takes_events(snn: nn.Module) -> bool:

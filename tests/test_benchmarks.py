@@ -16,8 +16,9 @@ SCRIPTS = sorted((Path(__file__).parent.parent / "benchmarks").glob("*.py"))
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_it_runs_quickly_and_prints_its_figures(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LMH_TEST_DATA", raising=False)  # digits will do
-    threads = ["--threads", "1"] if '"--threads"' in script.read_text() else []
-    command = [sys.executable, script, "--quick", *threads]
+    known = {"--threads": "1", "--device": "cpu"}
+    options = [word for name, value in known.items() if f'"{name}"' in script.read_text() for word in (name, value)]
+    command = [sys.executable, script, "--quick", *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.strip().splitlines()

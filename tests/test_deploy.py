@@ -18,6 +18,8 @@ from lmh.calibrate import Max
 from lmh.convert import Conversion, EventFrames, convert, deploy, load, save
 from lmh.convert.export import export_onnx, fold_batchnorm
 from lmh.errors import ArgumentError, ArtifactError
+from lmh.finetune import Float32
+from lmh.finetune.precision import stored_for
 from test_export_deploy import SHAPE, batchnorms, learned, mean_size, residual_conversion
 
 
@@ -151,6 +153,34 @@ def test_an_example_chooses_the_order_in_memory_and_changes_no_value() -> None:
     assert torch.allclose(fast(x), conversion.snn(x), atol=1e-9)
     weight = fast.get_submodule("stem").weight
     assert weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_example_says_the_shape_of_the_input() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)
+    )
+    x = torch.rand(32, 4)
+    snn = convert(net.eval(), 4, data=x).snn
+    assert len(batchnorms(deploy(snn))) == 2
+    for fast in (deploy(snn, example=x), deploy(snn, input_shape=(4,))):
+        assert not batchnorms(fast)
+        assert binary(fast) == [True, True]
+        assert torch.allclose(fast(x), snn(x), atol=1e-5)
+
+
+def test_volumes_may_be_channels_last() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 2, 3), nn.Flatten(), nn.Linear(16, 3)
+    )
+    x = torch.rand(8, 1, 6, 6, 6)
+    snn = convert(net.eval(), 4, data=x).snn
+    assert torch.allclose(deploy(snn, example=x)(x), snn(x), atol=1e-5)
+    with stored_for(snn, Float32(channels_last=True)):
+        assert snn.get_submodule("3").weight.is_contiguous(memory_format=torch.channels_last_3d)
+        assert torch.allclose(snn(x), deploy(snn)(x), atol=1e-5)
+    assert snn.get_submodule("3").weight.is_contiguous()
 
 
 def test_the_original_stays() -> None:

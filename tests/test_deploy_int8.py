@@ -186,7 +186,7 @@ def test_what_cannot_be_computed_is_refused(options: dict[str, Any], message: st
 
 def test_a_network_without_a_layer_that_can_be_int8_is_told_so() -> None:
     for snn in (mixed_conversion(neuron=LMH(granularity=PerStep())), convert(nn.ReLU(), 4, data=torch.rand(4, 3))):
-        with pytest.raises(ArgumentError, match=r"no layer can have it; expected a convolution .* Leave it out"):
+        with pytest.raises(ArgumentError, match=r"no layer can have it; expected a convolution .* Leave int8 out"):
             deploy(snn, int8=True)
 
 

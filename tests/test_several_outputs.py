@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lmh import carry_state, evaluate, per_step, prefixes, sites
 from lmh.calibrate import BatchNormStatistics, Max
-from lmh.convert import convert, load, prepare, save
+from lmh.convert import convert, deploy, load, prepare, save
 from lmh.convert.export import Project, export_nir, export_onnx, export_pt2
 from lmh.errors import ArgumentError, ArtifactError, AuditError
 from lmh.evaluation import Evaluation
@@ -103,6 +103,15 @@ class TestOutputs:
         expected, got = ann(x), snn(x)
         assert shape_of(got) == shape_of(expected)
         for wanted, found in zip(tensors_of(expected), tensors_of(got), strict=True):
+            assert float((found - wanted).detach().abs().max()) < 0.05
+
+    @pytest.mark.parametrize("name", PACKS)
+    def test_a_network_deployed_in_bfloat16_returns_what_it_did(self, name: str) -> None:
+        _, snn, x = everything(PACKS[name])
+        expected, got = snn(x), deploy(snn, dtype=torch.bfloat16)(x)
+        assert shape_of(got) == shape_of(expected)
+        for wanted, found in zip(tensors_of(expected), tensors_of(got), strict=True):
+            assert found.dtype == wanted.dtype
             assert float((found - wanted).detach().abs().max()) < 0.05
 
     @pytest.mark.parametrize("name", PACKS)

@@ -5,12 +5,28 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from lmh import LIF, LMH, DelayedReadout, Fit, PerStep, early_exit, exit_curve, prefixes, streamed, zoo
+from lmh import (
+    LIF,
+    LMH,
+    DelayedReadout,
+    Fit,
+    PerStep,
+    carry_state,
+    early_exit,
+    exit_curve,
+    footprint,
+    per_step,
+    prefixes,
+    sites,
+    streamed,
+    zoo,
+)
 from lmh.calibrate import Max
 from lmh.convert import EventFrames, Gated, convert, deploy
 from lmh.errors import ArgumentError, DataError
@@ -44,12 +60,21 @@ def gated() -> tuple[fx.GraphModule, Tensor]:
     return conversion.snn, x
 
 
+def ending_in(last: nn.Module) -> tuple[fx.GraphModule, Tensor]:
+    torch.manual_seed(0)
+    x = torch.rand(32, 4)
+    return convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), last), T, data=x).snn, x
+
+
 NETWORKS: dict[str, Callable[[], tuple[fx.GraphModule, Tensor]]] = {
     "images": lambda: (zoo_network(), digits()[0]),
     "deployed": lambda: (deploy(zoo_network()), digits()[0]),
     "leaks by step": lambda: (zoo_network(neuron=LMH(preset=LIF(0.8), granularity=PerStep())), digits()[0]),
     "gated max-pool": gated,
     "event frames": events,
+    "softmax": lambda: ending_in(nn.Softmax(1)),
+    "softmax in bfloat16": lambda: (deploy(ending_in(nn.Softmax(1))[0], dtype=torch.bfloat16), torch.rand(32, 4)),
+    "log-softmax": lambda: ending_in(nn.LogSoftmax(1)),
 }
 
 
@@ -71,15 +96,14 @@ def test_what_fits_gives_what_one_run_gives(name: str, share: float) -> None:
     snn, x = NETWORKS[name]()
     snn = snn.eval()
     sample = x[:, :1] if name == "event frames" else x[:1]
-    one, two = (live_bytes(snn, [sample], steps) for steps in (1, 2))
-    whole = one + (two - one) * (T - 1)
+    whole = live_bytes(snn, [sample], T)
     fit = Fit(share * whole / 1e6)
     with torch.inference_mode():
         part = part_of(snn, [x], fit)
     count = x.shape[1] if name == "event frames" else len(x)
     if share < 1:
         assert part.samples == 1
-        assert one + (two - one) * (part.steps - 1) <= max(share * whole, one)
+        assert part.steps == 1 or live_bytes(snn, [sample], part.steps) <= share * whole
         assert 1 <= part.steps < T
     else:
         assert part == Part(min(int(share), count), T)
@@ -88,12 +112,54 @@ def test_what_fits_gives_what_one_run_gives(name: str, share: float) -> None:
 
 
 def test_the_bytes_between_nodes_are_counted_as_by_hand() -> None:
-    """At the largest node live 8 spikes and 100 answers of every step, beside the states of 8 neurons."""
+    """Two potentials and a sum of 8 neurons are kept; beside them live a mean and 100 answers, or spikes and a mean."""
     torch.manual_seed(0)
     snn = convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 100)), 4, data=torch.rand(16, 4)).snn.eval()
-    sizes = {steps: live_bytes(snn, [torch.rand(1, 4)], steps) for steps in (1, 2, 3)}
-    states, values = 2 * 8, {steps: 8 * steps + 100 * steps for steps in sizes}  # v_D, v_S; spikes and answers
-    assert sizes == {steps: 4 * (states + values[steps]) for steps in sizes}
+    sizes = {steps: live_bytes(snn, [torch.rand(1, 4)], steps) for steps in (1, 2, 20)}
+    assert sizes == {steps: 4 * (3 * 8 + max(8 + 100, 8 * steps + 8)) for steps in sizes}
+
+
+def test_what_fits_does_not_depend_on_how_much_is_handed_over_and_holds_for_every_number_of_steps() -> None:
+    """The input outweighs all else for few steps, so that bytes do not grow with the first ones."""
+    torch.manual_seed(0)
+    ann = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+    snn = convert(ann, 64, data=torch.rand(4, 3, 40, 40), calibration=Max()).snn.eval()
+    x = torch.rand(100, 3, 40, 40)
+    with torch.inference_mode():
+        for megabytes in (0.03, 0.05, 0.2):
+            part = part_of(snn, [x[:50]], Fit(megabytes))
+            assert part_of(snn, [x], Fit(megabytes)) == part
+            used = part.samples * live_bytes(snn, [x[:1]], part.steps)
+            assert part == Part(1, 1) or used <= 1e6 * megabytes
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({"memory.max": "900", "memory.current": "700", "memory.stat": "anon 5\ninactive_file 300\n"}, [500.0]),
+        ({"memory.max": "900", "memory.current": "1000", "memory.stat": "anon 5\n"}, [0.0]),
+        ({"memory.max": "max", "memory.current": "700", "memory.stat": ""}, []),
+        ({}, []),
+    ],
+)
+def test_files_that_were_read_do_not_count_as_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], free: list[float]
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(footprint, "GROUPS", tmp_path)
+    assert footprint._free_of_groups() == free
+
+
+def test_a_deployed_network_keeps_no_more_for_longer_chunks() -> None:
+    snn, x = NETWORKS["deployed"]()
+    kept = []
+    for steps in (1, 4):
+        with torch.inference_mode(), carry_state(snn):
+            per_step(snn, x, steps=steps)
+            states = [potential for site in sites(snn).values() for potential in site._carried[0]]  # type: ignore[index]
+            kept.append(sum(footprint._storages(states).values()))
+    assert kept[0] == kept[1]
 
 
 def test_free_memory_that_is_unknown_must_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +184,7 @@ def test_free_memory_that_is_unknown_must_be_said(monkeypatch: pytest.MonkeyPatc
 def test_each_sample_leaves_where_its_own_run_says(name: str, confidence: float) -> None:
     snn, x = NETWORKS[name]()
     answers = prefixes(snn, x).detach()
-    leaves = answers.softmax(2).amax(2) >= confidence
+    leaves = (answers if name.startswith("softmax") else answers.softmax(2)).amax(2) >= confidence
     leaves[-1] = True
     first = leaves.int().argmax(0)
     found = early_exit(snn, x, confidence=confidence)
@@ -161,6 +227,7 @@ def test_the_mode_of_every_module_stays() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda snn, x: streamed(snn, x, chunk=2.0), "chunk is 2.0; expected a whole number"),  # type: ignore[arg-type]
         (lambda snn, x: streamed(snn, x, chunk=0), "chunk is 0; expected a whole number of steps, at least 1"),
         (lambda snn, x: early_exit(snn, x, confidence=90), "confidence is 90; expected a probability from 0 to 1"),
         (lambda snn, x: exit_curve(snn, [(x, x)], [-1.0]), "confidence is -1.0; expected a probability"),
@@ -180,6 +247,13 @@ def test_other_networks_and_data_are_refused() -> None:
     maps = convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), 4, data=torch.rand(8, 1, 6, 6)).snn
     with pytest.raises(ArgumentError, match=r"returns \['N', 2, 4, 4\]; expected logits"):
         early_exit(maps, torch.rand(2, 1, 6, 6), confidence=0.5)
+    with pytest.raises(ArgumentError, match=r"ends in sigmoid; expected logits \[N, classes\], or a softmax of them"):
+        early_exit(ending_in(nn.Sigmoid())[0], torch.rand(2, 4), confidence=0.5)
+    of_events, frames = events()
+    for wrong in (torch.cat([frames, frames[:1]]), frames.transpose(0, 1)):
+        for run in (streamed, lambda snn, x: early_exit(snn, x, confidence=0.5)):
+            with pytest.raises(ArgumentError, match=rf"the first axis has {len(wrong)} steps; expected {T}, .*\[T, N"):
+                run(of_events, wrong)
     with pytest.raises(DataError, match="has no labels"):
         exit_curve(snn, [x], [0.5])
     with pytest.raises(DataError, match="gave no batch"):

@@ -293,16 +293,19 @@ def _index(text: str, where: str) -> dict[str, dict[str, Any]]:
         found = None
     if not isinstance(found, dict):
         raise ArtifactError(f"{where}: not an index; expected what `lmh zoo publish` writes. Take another folder.")
-    version, models = found.get("version"), found.get("models")
+    version, models = found.get("version"), found.get("models", {})
     if isinstance(version, int) and version > INDEX_VERSION:
         raise ArtifactError(
             f"{where}: index version {version}; this lmh reads up to {INDEX_VERSION}. Update lmh-convert."
         )
     kinds = {"card": str, "card_sha256": str, "weights": str, "sha256": str, "size": int}
-    whole = isinstance(models, dict) and all(
-        isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
-        for entry in models.values()
-    )
-    if version != INDEX_VERSION or not whole:
+    if (
+        version != INDEX_VERSION
+        or not isinstance(models, dict)
+        or not all(
+            isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+            for entry in models.values()
+        )
+    ):
         raise ArtifactError(f"{where}: a damaged index; expected what `lmh zoo publish` writes. Publish it again.")
     return models
