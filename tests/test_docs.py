@@ -34,7 +34,7 @@ DOCS = ROOT / "docs"
 GUIDES = sorted(path.name for path in DOCS.glob("*.md") if path.name != "zoo.md")
 SMALLER = {
     "--budget 10": "--budget 0.1", "--distill 20": "--distill 1", "--finetune 3": "--finetune 1",
-    "--qcfs-epochs 12": "--qcfs-epochs 1", "--qcfs-epochs 8": "--qcfs-epochs 1", "--epochs 30": "--epochs 2",
+    "--qcfs-epochs 12": "--qcfs-epochs 1", "--qcfs-epochs 6": "--qcfs-epochs 1", "--epochs 30": "--epochs 2",
     "--epochs 10": "--epochs 2", "--epochs 5": "--epochs 1", "--loss tet": "--loss tet --epochs 1",
     "torchrun": "torchrun --standalone",
 }  # fmt: skip
