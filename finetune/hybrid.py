@@ -55,13 +55,13 @@ def qcfs_network(prepared: Prepared, calibration: Calibration, timesteps: int) -
     return network.eval()
 
 
-def start_from_relu(model: nn.Module, ann: nn.Module, images: Tensor) -> None:
+def start_from_relu(model: nn.Module, ann: nn.Module, data: Iterable[Any] | Tensor) -> None:
     """Give an architecture with QCFS the weights of a trained ReLU network, and the θ that MinError finds for it.
 
     Args:
         model: has QCFS where ``ann`` has an activation, under the same paths; changed in place.
         ann: in eval mode.
-        images: training images as ``ann`` takes them, [N, *F].
+        data: training images as ``ann`` takes them, [N, *F], or batches of them.
 
     Raises:
         ArgumentError: if ``model`` has no QCFS, or other layers than ``ann``.
@@ -79,8 +79,8 @@ def start_from_relu(model: nn.Module, ann: nn.Module, images: Tensor) -> None:
             f"{type(model).__name__}: has no QCFS activation, so it cannot start from a ReLU network's thresholds; "
             "expected one with QCFS. Leave ann out of the recipe, or name such an architecture."
         )
-    check_layers(model, ann)
-    found = convert(ann, levels, data=images, calibration=MinError())
+    _check_layers(model, ann)
+    found = convert(ann, levels, data=data, calibration=MinError())
     try:
         model.load_state_dict(qcfs_network(found.prepared, found.calibration, levels).state_dict())
     except RuntimeError as error:
@@ -91,16 +91,8 @@ def start_from_relu(model: nn.Module, ann: nn.Module, images: Tensor) -> None:
         ) from error
 
 
-def check_layers(model: nn.Module, ann: nn.Module) -> None:
-    """Refuse a network whose weights another does not take.
-
-    Args:
-        model: has QCFS where ``ann`` has an activation, under the same paths.
-        ann: the ReLU network.
-
-    Raises:
-        ArgumentError: naming the first tensor that does not fit.
-    """
+def _check_layers(model: nn.Module, ann: nn.Module) -> None:
+    """Refuse a network whose weights another does not take."""
     activations = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, QCFS))
     expected = {name: list(x.shape) for name, x in model.state_dict().items() if not name.startswith(activations)}
     found = {name: list(x.shape) for name, x in ann.state_dict().items()}

@@ -54,8 +54,13 @@ class FrozenJob:
 
     @property
     def forgets(self) -> bool:
-        """Whether v_D[t−1] plays no part, as μ_D is 0."""
-        return ("mu_d", 0.0) in self.numbers
+        """Whether v_D[t−1] plays no part."""
+        return _forgets(self.numbers)
+
+
+def _forgets(numbers: tuple[tuple[str, float], ...]) -> bool:
+    """Whether μ_D is 0 everywhere."""
+    return ("mu_d", 0.0) in numbers
 
 
 def frozen_pass(job: FrozenJob, form: object, currents: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -178,7 +183,7 @@ class FrozenSite(SpikingSite):
         dtype = state_dtype(current)
         start, begun = self._start(current, dtype)
         rests = self._carried is None
-        state = (not rests and ("mu_d", 0.0) not in self.numbers, not (rests and self.silent))
+        state = (not rests and not _forgets(self.numbers), not (rests and self.silent))
         job = FrozenJob(
             steps,
             self.static,

@@ -264,6 +264,17 @@ def test_a_card_that_could_not_be_written_is_made_by_the_next_run(
     assert not list(out.glob("**/*.training"))
 
 
+def test_a_file_without_a_card_is_not_trained_over(written: Written, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "quick.safetensors").write_bytes(b"mine")
+    assert (
+        "is there without a card, and training would write over"
+        in command("zoo", "train", written("quick", ANN), "--out", out).err
+    )
+    assert (out / "quick.safetensors").read_bytes() == b"mine"
+
+
 def test_a_spiking_network_of_another_training_is_not_taken_for_its_own(written: Written, tmp_path: Path) -> None:
     out = tmp_path / "out"
     succeed("zoo", "train", written("quick", SNN), "--out", out)

@@ -87,6 +87,11 @@ def train_command(
         found, facts = replace(found, training=in_float32(found.training)), in_float32(facts)
     measured = None
     if found.timesteps is None:
+        if is_there(path) and not is_there(_checkpoint(path)):
+            raise ArgumentError(
+                f"{path}: is there without a card, and training would write over it; expected one of {found.name}, or "
+                "none. Name another folder with --out, or remove it to train."
+            )
         start = None if found.ann is None else ann or _ann_of(found, opened, out)
         train_ann(found, opened, start, facts, path, terminal, device)
     else:
@@ -134,7 +139,7 @@ def train_ann(
     from ..convert.loading import load_source
     from ..finetune import STBP, Checkpoint, fit
     from ..finetune.api import CALIBRATION_SAMPLES
-    from ..finetune.hybrid import check_layers, start_from_relu
+    from ..finetune.hybrid import start_from_relu
     from ..finetune.trainer import accuracy
 
     training = training_of(recipe)
@@ -147,8 +152,6 @@ def train_ann(
     chosen = seeded_order(data.train, recipe.seed)[: recipe.samples]
     source = None if start is None else load_source(start)
     teacher = None if source is None else source.model
-    if teacher is not None:
-        check_layers(model, teacher)
     if source is not None and source.card is not None:
         preprocessing = source.card.preprocessing
     else:
@@ -157,7 +160,8 @@ def train_ann(
         data.train, preprocessing, training.batch_size, chosen, training.augmentation, shuffle_seed=recipe.seed
     )
     if teacher is not None:
-        start_from_relu(model, teacher, preprocessing(data.train.images(chosen[:CALIBRATION_SAMPLES])))
+        first = chosen[:CALIBRATION_SAMPLES]
+        start_from_relu(model, teacher, Batches(data.train, preprocessing, len(first), first))
     model.to(device_of(device))
     with terminal.stage(f"training {recipe.name}", training.schedule.epochs * len(batches)) as advance:
         fit(
