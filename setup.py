@@ -17,5 +17,5 @@ setup(
         for name in [package, *(f"{package}.{sub}" for sub in find_packages(folder))]
     ],
     package_dir=FOLDERS,
-    package_data={"lmh": ["py.typed", "report/*.jinja"], "lmh.zoo": ["recipes/*.toml", "weights/*"]},
+    package_data={"lmh": ["py.typed", "arena.cpp", "report/*.jinja"], "lmh.zoo": ["recipes/*.toml", "weights/*"]},
 )

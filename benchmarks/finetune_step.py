@@ -8,8 +8,8 @@ backward and an update by SGD with momentum, as :func:`lmh.finetune.finetune` do
 Every row comes from fresh processes: one that trains the ANN and the spiking network in turn, for the median time and
 the median of the ratios within a round, and one that trains the spiking network alone, for its peak resident memory
 with all that Python and torch take. ``peak_mb`` of the ANN is that of a process that trains the ANN alone. With
-``--recompute`` the spiking network trains by ``Recompute()`` and freed memory is given back, as with ``lmh finetune
---recompute``; the ANN trains as ever. With ``--channels-last`` both networks do, as with ``lmh finetune
+``--recompute`` the spiking network trains by ``Recompute()``; the ANN trains as ever. Tensors lie in the arena, the
+ANN's too, as with ``lmh finetune``. With ``--channels-last`` both networks do, as with ``lmh finetune
 --channels-last``.
 """
 
@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from lmh import __version__, kernels_used
+from lmh.arena import use_arena
 from lmh.convert import convert
 from lmh.finetune import Float32, KeepAll, Recompute, Schedule, TimeSliced
 from lmh.finetune.log import peak_memory_mb
@@ -77,7 +78,7 @@ def timed(
 ) -> dict[str, Any]:
     """Milliseconds of the ANN's step and of the spiking network's, in turn, after one round that does not count."""
     torch.set_num_threads(threads)
-    schedule.memory.allocate()
+    use_arena()
     ann, snn = stepper_of(name, 0, 0, replace(schedule, memory=KeepAll())), stepper_of(name, timesteps, k, schedule)
     work = work_of(batch)
     taken: list[tuple[float, float]] = []
@@ -94,7 +95,6 @@ def timed(
 
 def seconds_of(stepper: Stepper, work: Work) -> float:
     """How long a step takes."""
-    stepper.schedule.memory.allocate()
     started = time.perf_counter()
     stepper(work)
     return time.perf_counter() - started
@@ -103,7 +103,7 @@ def seconds_of(stepper: Stepper, work: Work) -> float:
 def peak(name: str, timesteps: int, k: int, schedule: Schedule, batch: int, threads: int) -> float | None:
     """Megabytes that a process holds at most in three steps; T = 0 is the ANN."""
     torch.set_num_threads(threads)
-    schedule.memory.allocate()
+    use_arena()
     stepper, work = stepper_of(name, timesteps, k, schedule), work_of(batch)
     for _ in range(3):
         stepper(work)

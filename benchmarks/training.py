@@ -21,6 +21,7 @@ from finetune_step import NETWORKS, fresh, peak, seconds_of, stepper_of, timed, 
 from peers import PEERS, PeerNetwork, installed, versions
 
 from lmh import __version__
+from lmh.arena import use_arena
 from lmh.convert import convert
 from lmh.finetune import Recompute, Schedule, TimeSliced
 from lmh.finetune.log import peak_memory_mb
@@ -41,7 +42,7 @@ def peer_stepper(peer: str, timesteps: int) -> Stepper:
 def peer_timed(peer: str, timesteps: int, batch: int, rounds: int, threads: int) -> dict[str, Any]:
     """As finetune_step's ``timed``."""
     torch.set_num_threads(threads)
-    Schedule(epochs=1).memory.allocate()
+    use_arena()
     ann, theirs, work = stepper_of(NAME, 0, 0, Schedule(epochs=1)), peer_stepper(peer, timesteps), work_of(batch)
     taken = [(seconds_of(ann, work), seconds_of(theirs, work)) for _ in range(rounds + 1)][1:]
     return {
@@ -54,6 +55,7 @@ def peer_timed(peer: str, timesteps: int, batch: int, rounds: int, threads: int)
 def peer_peak(peer: str, timesteps: int, batch: int, threads: int) -> float | None:
     """As finetune_step's ``peak``."""
     torch.set_num_threads(threads)
+    use_arena()
     stepper, work = peer_stepper(peer, timesteps), work_of(batch)
     for _ in range(3):
         stepper(work)

@@ -223,7 +223,6 @@ def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
         if not any(file.exists() for file in files_of(job.checkpoint)):
             terminal.notice(f"{job.resume}: there is no checkpoint yet; the run starts anew.")
     check_output(job.output, job.network, job.data)
-    wishes.memory.allocate()
     torch.manual_seed(job.amounts.seed)
     spiking = job.timesteps is None
     start, recipe = _from_snn(job, wishes, terminal) if spiking else _from_ann(job, wishes, terminal)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..arena import use_arena
 from ..convert.cli import measured
 from ..convert.cli_inputs import Inputs
 from ..convert.pipeline import Conversion
@@ -51,7 +52,8 @@ class Training:
         return replace(self.inputs.train, batch_size=self.recipe.batch_size, augmentation=self.recipe.augmentation)
 
     def run(self, terminal: Terminal) -> Finetuned:
-        """Train, with a bar."""
+        """Train, with a bar, and with tensors in the arena from now on."""
+        use_arena()
         batches = self.batches
         terminal.notice(f"Samples: {self.inputs.training}.")
         with terminal.stage("fine-tuning", self.recipe.epochs * len(batches)) as advance:

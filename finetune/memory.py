@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from ..pages import keep_freed_memory, return_freed_memory
 from ..recomputed import recompute
 
 
@@ -16,10 +15,6 @@ class KeepAll:
     def forward(self) -> AbstractContextManager[object]:
         """Return a context that changes nothing."""
         return nullcontext()
-
-    def allocate(self) -> None:
-        """Let the process keep freed memory."""
-        keep_freed_memory()
 
 
 @dataclass(frozen=True)
@@ -32,10 +27,6 @@ class Recompute:
     def forward(self) -> AbstractContextManager[object]:
         """Return the context in which losses are computed."""
         return recompute()
-
-    def allocate(self) -> None:
-        """Let the process give freed memory back; before any tensor is made, to have huge pages."""
-        return_freed_memory()
 
 
 Memory = KeepAll | Recompute

@@ -20,7 +20,7 @@ from .batch_norm import BATCH_NORM, Given, Norm, PendingCurrent, adjoint_pass, a
 from .kernels import Kernel, compiles, plainly, program
 from .memory_order import Order
 from .neurons import Coefficients, State, lmh_run
-from .passes import Extra, Job, backward_pass, forward_pass
+from .passes import Extra, Job, backward_pass, forward_pass, unpack_pass
 from .recomputed import Spikes, recomputing, source_of
 
 
@@ -80,6 +80,11 @@ class _Call:
         last = [self.order.restore(potential) for potential in more[:2]] if self.extra.state else []
         return self.order.restore(output, self.job.steps), *last, *(more[-1:] if self.extra.bits else [])
 
+    def unpacked(self, dtype: torch.dtype, bits: Tensor, theta: Tensor) -> Tensor:
+        """The output of :meth:`forward` from its bits and the θ of :meth:`written_out`."""
+        plain = replace(self, job=replace(self.job, normalised=False, shortcut=False))  # which the bits know nothing of
+        return self.order.restore(plain.run(unpack_pass, dtype, bits, theta), self.job.steps)
+
     def backward(
         self, wanted: tuple[bool, ...], grad_output: Tensor, given: Given, values: Sequence[Tensor]
     ) -> list[Tensor | None]:
@@ -129,8 +134,8 @@ class _Neurons(torch.autograd.Function):
         ctx.values, ctx.shapes = call.written_out(v_dendrite, *others), [other.shape for other in others]
         output, *last = call.forward(_given(x, shortcut, mean, deviation, gain, bias), ctx.values)
         if call.extra.bits:
-            theta, bits = others[1].detach(), last.pop()
-            ctx.spikes = Spikes(bits, theta, call.job.per_step, call.job.steps, call.order, output.dtype)
+            unpacked = partial(call.unpacked, output.dtype, last.pop(), ctx.values[2])
+            ctx.spikes = Spikes(output.shape, output.dtype, unpacked)
             ctx.sources = [tensor if tensor is None else source_of(tensor) for tensor in (x, shortcut)]
         kept = [None if again else tensor for tensor, again in zip((x, shortcut), ctx.sources, strict=True)]
         ctx.save_for_backward(*kept, mean, deviation, gain, bias)

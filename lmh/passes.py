@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from .neurons import Coefficients, Moment, State, charge, lmh_step, lmh_step_adjoint, spikes
-from .recomputed import packed
 from .resets import Reset
 from .surrogates import Surrogate
+
+STEPS_A_BYTE = 8
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,37 @@ def backward_pass(
         products = [part * rest for part, rest in zip(to_current, centred, strict=True)]
         gradients += [_summed(sum(terms[1:], terms[0]), mean, 0) for terms in (to_current, products)]
     return gradients
+
+
+def packed(outputs: Sequence[Tensor]) -> Tensor:
+    """Return the spikes of all steps, a bit each.
+
+    Args:
+        outputs: θ s of every step, one shape.
+
+    Returns:
+        ⌈T/8⌉ of that shape, one behind the other, uint8: bit t mod 8 of byte ⌊t/8⌋ of a neuron is s[t].
+
+    >>> packed([torch.tensor([0.5, 0.0]), torch.tensor([0.5, 0.5])])
+    tensor([3, 2], dtype=torch.uint8)
+    """
+    codes = []
+    for first in range(0, len(outputs), STEPS_A_BYTE):
+        code, *others = (output.clone().gt_(0) for output in outputs[first : first + STEPS_A_BYTE])
+        for bit, fired in enumerate(others, start=1):
+            code = code + fired * 2**bit
+        codes.append(code.to(torch.uint8))
+    return torch.cat(codes)
+
+
+def unpack_pass(job: Job, dtype: torch.dtype, bits: Tensor, v_threshold: Tensor) -> Tensor:
+    """Return the output of :func:`forward_pass`, θ s [T·R, K] in a dtype, from its bits and its θ."""
+    codes = bits.unflatten(0, (-(-job.steps // STEPS_A_BYTE), -1))
+    outputs = []
+    for t in range(job.steps):
+        theta = (v_threshold[t] if job.per_step else v_threshold).to(dtype)
+        outputs.append(((codes[t // STEPS_A_BYTE] >> t % STEPS_A_BYTE) & 1) * theta)
+    return torch.cat(outputs)
 
 
 def _collect(found: list[Tensor], terms: Tensor, *, add: bool) -> None:

@@ -14,8 +14,7 @@ Both give the same numbers bit for bit, and both are done inside :func:`recomput
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,71 +23,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory_order import Order
-
-STEPS_A_BYTE = 8
-
-
-def packed(outputs: Sequence[Tensor]) -> Tensor:
-    """Return the spikes of all steps, a bit each.
-
-    Args:
-        outputs: θ s of every step, one shape.
-
-    Returns:
-        ⌈T/8⌉ of that shape, one behind the other, uint8: bit t mod 8 of byte ⌊t/8⌋ of a neuron is s[t].
-
-    >>> packed([torch.tensor([0.5, 0.0]), torch.tensor([0.5, 0.5])])
-    tensor([3, 2], dtype=torch.uint8)
-    """
-    codes = []
-    for first in range(0, len(outputs), STEPS_A_BYTE):
-        code, *others = (output.clone().gt_(0) for output in outputs[first : first + STEPS_A_BYTE])
-        for bit, fired in enumerate(others, start=1):
-            code = code + fired * 2**bit
-        codes.append(code.to(torch.uint8))
-    return torch.cat(codes)
-
 
 @dataclass(frozen=True)
 class Spikes:
-    """The output of a site, a bit for every spike.
+    """The output of a site, of which a bit for every spike is kept.
 
     Attributes:
-        bits: of :func:`packed`.
-        v_threshold: θ, [] or [C], behind a first axis of T if ``per_step``.
-        per_step: whether it is.
-        steps: T.
-        order: of the output of one step.
+        shape: [T·N, C, *F].
         dtype: of the output.
+        unpacked: computes it from the bits, in its order in memory.
     """
 
-    bits: Tensor
-    v_threshold: Tensor
-    per_step: bool
-    steps: int
-    order: Order
+    shape: torch.Size
     dtype: torch.dtype
-
-    @property
-    def shape(self) -> torch.Size:
-        """[T·N, C, *F]."""
-        return torch.Size((self.steps * self.order.shape[0], *self.order.shape[1:]))
+    unpacked: Callable[[], Tensor]
 
     def __call__(self) -> Tensor:
-        """Return θ s, [T·N, C, *F], in its order in memory."""
-        codes = self.bits.reshape(-1, math.prod(self.order.shape))
-        outputs = torch.empty(self.steps, codes.shape[1], dtype=self.dtype, device=self.bits.device)
-        for t, output in enumerate(outputs):
-            output.copy_((codes[t // STEPS_A_BYTE] >> t % STEPS_A_BYTE) & 1)
-        theta = self.v_threshold.to(self.dtype)
-        if theta.ndim > self.per_step:
-            theta = theta.reshape(*theta.shape[:-1], 1, -1, *[1] * (len(self.order.shape) - 2))
-        elif self.per_step:
-            theta = theta.reshape(-1, *[1] * len(self.order.shape))
-        restored = self.order.restore(outputs, self.steps)
-        restored.unflatten(0, (self.steps, self.order.shape[0])).mul_(theta)
-        return restored
+        """Return θ s, [T·N, C, *F]."""
+        return self.unpacked()
 
 
 @dataclass(frozen=True)

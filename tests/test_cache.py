@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmh.errors import ArgumentError, DownloadError
+from lmh.home import home
 from lmh.zoo import cache, transfer
 from lmh.zoo.cache import fetched, resting_place
 from lmh.zoo.locations import BrokenTransferError, SecureRedirects, parsed_location
@@ -197,5 +198,5 @@ def test_the_home_is_in_the_users_cache_folder(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cache.sys, "platform", system)
-    assert cache.home() == Path(expected)
+    monkeypatch.setattr("lmh.home.sys.platform", system)
+    assert home() == Path(expected)

@@ -14,8 +14,9 @@ import pytest
 from rich.console import Console
 
 from lmh.errors import DownloadError
+from lmh.home import home
 from lmh.terminal import Terminal
-from lmh.zoo import cache, locations, transfer
+from lmh.zoo import locations, transfer
 from lmh.zoo.cache import fetched
 from lmh.zoo.locations import WebFile
 from lmh.zoo.transfer import Patience, Weights
@@ -258,4 +259,4 @@ def test_the_cache_alone_would_not_notice_a_bad_file(server: Server, monkeypatch
     monkeypatch.setattr(transfer, "file_digest", lambda _: DIGEST)
     server.script = [Other(bytes(len(DATA)))]
     assert fetched(at(server)).read_bytes() != DATA
-    assert os.listdir(cache.home() / "weights") == [GOOD]
+    assert os.listdir(home() / "weights") == [GOOD]

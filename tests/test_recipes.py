@@ -89,6 +89,10 @@ def test_every_recipe_is_whole(name: str) -> None:
         assert (ann.architecture, ann.data, ann.timesteps) == (layers, recipe.data, None)
     else:
         assert recipe.timesteps is None or training.schedule.distillation is None  # there is no teacher
+    if recipe.teacher is not None:
+        teacher = read_recipe(recipe.teacher)
+        assert (teacher.data, teacher.timesteps) == (recipe.data, None)
+        assert training.schedule.distillation is not None
     if recipe.timesteps is None:
         assert training.strategy == STBP()
     else:
@@ -197,8 +201,8 @@ def test_a_qcfs_network_starts_from_a_relu_network_and_a_spiking_one_from_it(wri
     of_cifar = ANN.replace('"digits"', '"cifar10"')
     relu = of_cifar.replace("digits-cnn", "cifar10-resnet20")
     qcfs = of_cifar.replace("digits-cnn", "cifar10-resnet20-qcfs4").replace(', distillation = "none"', ", lr = 1e-9")
-    spiking = qcfs.replace("seed = 3", "seed = 3\ntimesteps = 2")
-    for name, text in (("relu", relu), ("qcfs", 'ann = "relu"\n' + qcfs), ("snn", 'ann = "qcfs"\n' + spiking)):
+    spiking = qcfs.replace("seed = 3", 'seed = 3\ntimesteps = 2\nann = "qcfs"\nteacher = "relu"')
+    for name, text in (("relu", relu), ("qcfs", 'ann = "relu"\n' + qcfs), ("snn", spiking)):
         succeed("zoo", "train", written(name, text), "--data", "npz:ten.npz", "--out", "out")
     weights, taken = (read_tensors(tmp_path / "out" / f"{name}.safetensors")[0] for name in ("relu", "qcfs"))
     assert torch.allclose(taken["layer1.0.conv1.weight"], weights["layer1.0.conv1.weight"])
@@ -210,14 +214,13 @@ def test_a_qcfs_network_starts_from_a_relu_network_and_a_spiking_one_from_it(wri
     assert isinstance(snn, SpikingCard)
     assert set(snn.stages) == {"after QCFS", "after QCFS, quantised ANN"}
     assert snn.stages["after QCFS, quantised ANN"] == (ann.ann_accuracy,)
+    assert read_snn(tmp_path / "out" / "snn.safetensors")[1]["teacher"] == str(Path("out") / "relu.safetensors")
     torch.save(zoo.card("cifar10-resnet20-a").build().state_dict(), "other.pt")
     written("again", 'ann = "relu"\n' + relu)
+    missing = "do not fit: its layer2.0.shortcut.0.weight is missing; expected [32, 16, 1, 1]"
     for arguments, words in (
         (("again.toml", "--ann", "out/relu.safetensors"), "CifarResNet: has no QCFS activation"),
-        (
-            ("qcfs.toml", "--ann", "other.pt"),
-            "do not fit: its layer2.0.shortcut.0.weight is missing; expected [32, 16, 1, 1]",
-        ),
+        (("qcfs.toml", "--ann", "other.pt"), missing),
         (("qcfs.toml", "--ann", "zoo:digits-cnn"), "the weights of this DigitsCNN do not fit: its stem.0.weight is"),
     ):
         found = command("zoo", "train", *arguments, "--data", "npz:ten.npz", "--out", "odd")
@@ -302,6 +305,8 @@ def test_a_broken_run_goes_on(written: Written, tmp_path: Path) -> None:
 
 def test_what_is_missing_is_named(written: Written) -> None:
     written("orphan", SNN.replace('ann = "digits-cnn"', 'ann = "nobody"'))
+    written("untaught", 'teacher = "nobody"\n' + SNN)
+    written("taught", 'teacher = "digits-cnn"\n' + ANN)
     written("confused", ANN.replace('"STBP"', '"SLTT"'))
     written("shy", ANN + "patience = 3\n")
     written("five", SNN)
@@ -311,6 +316,8 @@ def test_what_is_missing_is_named(written: Written) -> None:
     for arguments, words in (
         (("odd.toml",), r"time_norm is 'batch'; expected one of plain, tebn, tdbn"),
         (("orphan.toml",), r"ANN nobody, which is neither in out nor in the zoo.*lmh zoo train nobody"),
+        (("untaught.toml",), r"untaught needs the ANN nobody, which is neither in out nor in the zoo"),
+        (("taught.toml",), r"an ANN has no teacher but the one it starts from"),
         (("confused.toml",), r"strategy is SLTT.*an ANN is trained by STBP"),
         (("shy.toml",), r"patience"),
         (("cifar10-resnet20",), r"--data is missing: cifar10-resnet20 is trained on cifar10.*--data cifar10:DIR"),

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..artifact import file_digest, user_path
+from ..artifact import file_digest
 from ..errors import ArgumentError, DownloadError
+from ..home import home
 from ..terminal import Terminal
 from .locations import Packaged, parsed_location
 from .transfer import Patience, Transfer, Weights
 
 OFFLINE = ("LMH_OFFLINE", "HF_HUB_OFFLINE")
 SUFFIX = ".safetensors"
-
-
-def home() -> Path:
-    """Return the folder of downloads: ``LMH_HOME``, or ``lmh`` in the user's cache folder."""
-    named = os.environ.get("LMH_HOME")
-    if named:
-        return user_path(named)
-    if sys.platform == "win32":
-        return user_path(os.environ.get("LOCALAPPDATA") or "~/AppData/Local") / "lmh"
-    if sys.platform == "darwin":
-        return user_path("~/Library/Caches") / "lmh"
-    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lmh"
 
 
 def offline() -> str | None:

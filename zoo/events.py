@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..artifact import make_folder, write_atomically
 from ..errors import ArgumentError, ArtifactError, DataError
-from .cache import home
+from ..home import home
 from .splits import DataSet
 
 KEPT = "events"
-"""Folder of the frames that are kept, in :func:`lmh.zoo.cache.home`."""
+"""Folder of the frames that are kept, in :func:`lmh.home.home`."""
 SMALLEST_KEPT = 100_000
 """Bytes of a recording from which on reading its frames is faster than decoding it; those of N-MNIST are smaller."""
 

@@ -16,9 +16,10 @@ from torch import nn
 
 from ..artifact import is_there, read_tensors
 from ..errors import ArgumentError, ArtifactError, DownloadError
+from ..home import home
 from ..terminal import Terminal
 from ..torchvision_shim import torchvision
-from .cache import fetched, home, offline
+from .cache import fetched, offline
 from .locations import PACKAGE, Packaged, parsed_location
 from .model_cards import ModelCard, SpikingCard, read_card_file
 from .registry import TORCHVISION, Card, architecture, list_architectures, nearest_names

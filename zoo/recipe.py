@@ -56,6 +56,7 @@ class Recipe:
             default.
         timesteps: T; None trains an ANN.
         ann: recipe of the ANN that a spiking network, or a QCFS network, starts from; None starts from random weights.
+        teacher: recipe of the ANN whose outputs a spiking network is distilled from; None takes the one it starts from.
         time_norm: what becomes of BatchNorm in a spiking network: ``plain``, ``tebn`` or ``tdbn``.
         samples: train on the first so many in the order of the seed; None takes all.
         published: the row that it repeats, or None.
@@ -68,6 +69,7 @@ class Recipe:
     training: Mapping[str, Any]
     timesteps: int | None = None
     ann: str | None = None
+    teacher: str | None = None
     time_norm: str = "plain"
     samples: int | None = None
     published: Published | None = None
@@ -75,9 +77,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if not re.fullmatch(NAME, self.name):
             raise ArgumentError(f"recipe {self.name!r}: expected letters, digits, dots and dashes. Rename the file.")
-        texts = (self.architecture, self.data, *([] if self.ann is None else [self.ann]))
+        texts = (self.architecture, self.data, *(name for name in (self.ann, self.teacher) if name is not None))
         if not all(isinstance(text, str) for text in texts):
-            raise ArgumentError(f"{self.name}: architecture, data and ann are {texts}; expected names in quotes.")
+            raise ArgumentError(
+                f"{self.name}: architecture, data, ann and teacher are {texts}; expected names in quotes."
+            )
+        if self.teacher is not None and self.timesteps is None:
+            raise ArgumentError(f"{self.name}: an ANN has no teacher but the one it starts from. Leave teacher out.")
         for name, value, least in (
             ("seed", self.seed, 0),
             ("timesteps", self.timesteps, 1),

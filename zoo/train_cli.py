@@ -100,7 +100,8 @@ def train_command(
         if is_there(path):  # a run that ended before its card was written
             measured = _measured(found, path, spec, terminal)
         else:
-            measured = train_snn(context, found, spec, start, path, device)
+            teacher = None if found.teacher is None else _trained(found.teacher, found, out)
+            measured = train_snn(context, found, spec, start, teacher, path, device)
     made = card_of_file(found.name, path, licence=licence, measured=measured)
     made = replace(made, recipe=facts, data=found.data)
     if isinstance(made, SpikingCard) and facts["start"] is None:
@@ -184,7 +185,9 @@ def train_ann(
     terminal.notice(f"{recipe.name}: accuracy {100 * measured:.2f} % on {len(data.test)} test samples.")
 
 
-def train_snn(context: click.Context, recipe: Recipe, spec: str, start: str, path: Path, device: str) -> dict[str, Any]:
+def train_snn(
+    context: click.Context, recipe: Recipe, spec: str, start: str, teacher: str | None, path: Path, device: str
+) -> dict[str, Any]:
     """Train a spiking network as ``lmh finetune`` does, and return its result.
 
     Args:
@@ -192,6 +195,7 @@ def train_snn(context: click.Context, recipe: Recipe, spec: str, start: str, pat
         recipe: says T and how.
         spec: where its data set is.
         start: the ANN.
+        teacher: the ANN that it is distilled from, or None for the same.
         path: of the file; a folder of that name without a suffix has recipe, log and checkpoints.
         device: ``auto``, ``cpu`` or ``cuda``.
     """
@@ -209,7 +213,7 @@ def train_snn(context: click.Context, recipe: Recipe, spec: str, start: str, pat
     write_recipe(training_of(recipe), wanted)
     named = start.startswith(("zoo:", TORCHVISION))
     return context.invoke(
-        finetune_command, network=start, data=spec, timesteps=recipe.timesteps, recipe=str(wanted),
+        finetune_command, network=start, teacher=teacher, data=spec, timesteps=recipe.timesteps, recipe=str(wanted),
         time_norm=recipe.time_norm, train_samples=recipe.samples, seed=recipe.seed, output=path, resume=folder,
         checkpoint_minutes=CHECKPOINT_MINUTES, arch=None if named else recipe.architecture, device=device,
     )  # fmt: skip
@@ -318,14 +322,20 @@ def _ann_of(recipe: Recipe, data: DataSet, out: Path) -> str:
         facts = {"preprocessing": plain_value(preprocessing)}
         write_tensors(path, _fresh(recipe, data).state_dict(), {"record": facts}, ANOTHER)
         return str(path)
-    path = out / f"{recipe.ann}.safetensors"
+    return _trained(recipe.ann, recipe, out)
+
+
+def _trained(ann: str, recipe: Recipe, out: Path) -> str:
+    """Return where an ANN is that a recipe names."""
+    path = out / f"{ann}.safetensors"
     if is_there(path):
         return str(path)
-    if recipe.ann in model_names():
-        return f"zoo:{recipe.ann}"
+    if ann in model_names():
+        return f"zoo:{ann}"
+    other = ", or name another with --ann" if ann == recipe.ann else ""
     raise ArgumentError(
-        f"{recipe.name} starts from the ANN {recipe.ann}, which is neither in {out} nor in the zoo. Train it first, by "
-        f"`lmh zoo train {recipe.ann} --data {data.name} --out {out}`, or name another with --ann."
+        f"{recipe.name} needs the ANN {ann}, which is neither in {out} nor in the zoo. Train it first, by `lmh zoo "
+        f"train {ann} --data {recipe.data} --out {out}`{other}."
     )
 
 

@@ -1,0 +1,75 @@
+"""Memory for training on a CPU: freed blocks are used again at once, and do not pile up.
+
+The C library has a choice of two evils for the blocks of a spiking network, which are T times those of its ANN. Either
+it gives them back to the kernel, and the next one is cleared page by page as it is first touched, which takes more time
+than the neurons. Or it keeps them; but torch asks for aligned blocks, whose ends it leaves behind in pieces, so that
+the next block of that size does not fit where the last one was, and the process grows by a half.
+
+lmh/arena.cpp has blocks of 256 KiB and more in one range of addresses, in multiples of 64 KiB, without such pieces: the
+smallest hole that fits is taken, and holes that touch are one. What holes keep is bounded too: beyond a sixteenth of
+the most that was ever in use, the last ones go back to the kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from .home import home
+
+SOURCE = Path(__file__).with_name("arena.cpp")
+
+
+@functools.cache
+def use_arena() -> bool:
+    """Let tensors on the CPU lie in an arena from now on, for the whole process; returns whether they do.
+
+    What does it is compiled once for a version of torch, which takes 2 s, and kept in ``LMH_HOME``. Where that cannot
+    be, on another system than Linux, without a C++ compiler (``g++``, or what ``CXX`` names) or a folder to write in,
+    all stays as it is.
+
+    >>> isinstance(use_arena(), bool)
+    True
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        return bool(ctypes.CDLL(str(_library())).lmh_use_arena())
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def _library() -> Path:
+    """Return the compiled library, and compile it if there is none for this torch and this machine."""
+    made_for = f"{SOURCE.read_text()} {torch.__version__} {platform.machine()}"
+    library = home() / "compiled" / f"arena-{hashlib.sha256(made_for.encode()).hexdigest()[:16]}.so"
+    if not library.is_file():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            _compile(made)
+            made.replace(library)
+    return library
+
+
+def _compile(library: Path) -> None:
+    """Compile the source beside the headers of the torch that is installed."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler")
+    installed, abi = Path(torch.__file__).parent, int(torch.compiled_with_cxx11_abi())
+    command = [
+        compiler, "-std=c++20", "-O2", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
+        f"-I{installed / 'include'}", str(SOURCE), "-o", str(library), f"-L{installed / 'lib'}", "-lc10",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
