@@ -8,6 +8,7 @@ of 16 bits is then not rounded.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .kernels import Kernel, choose, compiles, program
+from .kernels import MOST_COMPILED_STEPS, Kernel, choose, compiles, program
 from .memory_order import Order
 from .neurons import State
 from .spiking import COEFFICIENTS, PerStep, SpikingSite, state_dtype
@@ -177,7 +178,9 @@ class FrozenSite(SpikingSite):
         if other is not None and not _alike(current, other):
             current, other = current + other, None
         steps = self.time.steps
-        kernel = choose(current, steps=steps, training=True, worth=WORTH_COMPILING)
+        kernel = choose(current, steps=min(steps, MOST_COMPILED_STEPS), training=True, worth=WORTH_COMPILING)
+        if kernel is Kernel.COMPILED and steps > MOST_COMPILED_STEPS:
+            return self._in_parts(current, other)
         if other is not None and kernel is not Kernel.COMPILED:
             current, other = current + other, None
         dtype = state_dtype(current)
@@ -211,6 +214,23 @@ class FrozenSite(SpikingSite):
             dendrite = start.v_dendrite if job.forgets else last[0]
             self._carried = State(dendrite.detach(), last[-1].detach()), begun + steps
         return output
+
+    def _in_parts(self, current: Tensor, other: Tensor | None) -> Tensor:
+        """Run more steps than one compiled pass has, each part from the state in which the one before ended."""
+        time, carried = self.time, self._carried
+        batch = 0 if self.static else len(current) // time.steps
+        outputs = []
+        try:
+            for first in range(0, time.steps, MOST_COMPILED_STEPS):
+                self.time = copy.copy(time)
+                self.time.steps, self.time.carry = min(MOST_COMPILED_STEPS, time.steps - first), True
+                rows = slice(None) if self.static else slice(first * batch, (first + self.time.steps) * batch)
+                outputs.append(self.forward(current[rows], None if other is None else other[rows]))
+        finally:
+            self.time = time
+            if not time.carry:
+                self._carried = carried
+        return torch.cat(outputs)
 
     @property
     def _per_step(self) -> bool:

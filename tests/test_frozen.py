@@ -130,6 +130,30 @@ def test_steps_go_on_from_the_kept_state(case: str, order: Callable[[Tensor], Te
     assert torch.equal(torch.cat(parts), expected)
 
 
+@needs_compiler
+@pytest.mark.parametrize("case", ["learned", "per step", "static"])
+def test_more_steps_than_a_pass_has_run_in_parts(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, current = FrozenSite(site_of(**CASES[case])), current_of(C, 4, 5, static=case == "static")
+    with torch.no_grad():
+        expected = site(current)
+        other = site(current, current.flip(0))
+        monkeypatch.setattr(frozen, "MOST_COMPILED_STEPS", 3)
+        jobs, plain = [], frozen.program
+        monkeypatch.setattr(frozen, "program", lambda *given: jobs.append(given[1]) or plain(*given))
+        with use_kernel(Kernel.COMPILED):
+            assert torch.equal(site(current), expected)
+            assert [job.steps for job in jobs] == [3, 1]
+            assert torch.equal(site(current, current.flip(0)), other)
+            assert (site.time.steps, site.time.carry, site._carried) == (4, False, None)
+            if case != "per step":
+                site.time.carry = True
+                longer = [site(current), site(current)]
+                site.drop_state()
+                site.time.carry, site.time.steps = False, 8
+                whole = site(current if site.static else torch.cat([current, current]))
+                assert torch.equal(whole, torch.cat(longer))
+
+
 def test_another_batch_does_not_go_on_from_a_kept_state() -> None:
     frozen = FrozenSite(site_of(LMH()))
     frozen.time.carry = True
