@@ -5,7 +5,8 @@
 Time and the memory of a whole process, measured as in finetune_step.py: fp32, SGD with momentum, the ANN eager in the
 same process for the time, a process alone for the memory. ``recompute`` trains by ``Recompute()``. A peer is the
 prepared graph with that library's IF nodes (benchmarks/peers), in train mode, with its own surrogate gradient; what is
-not installed is left out.
+not installed is left out. All begin with the same weights and images, and a peer whose first loss is another stops the
+run.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from lmh.finetune.optimiser import optimiser
 from lmh.finetune.steps import Stepper
 
 NAME, TIMESTEPS = "resnet18", 4
+MOST_DIFFERENT = 0.02
+"""Of the first losses, as a share: single spikes differ, as the libraries add in another order."""
 
 
 def peer_stepper(peer: str, timesteps: int) -> Stepper:
@@ -63,6 +66,14 @@ def peer_peak(peer: str, timesteps: int, batch: int, threads: int) -> float | No
     return None if found is None else round(found, 1)
 
 
+def first_losses(timesteps: int, batch: int, threads: int) -> dict[str, float]:
+    """The loss of the first step, ours and each peer's."""
+    torch.set_num_threads(threads)
+    steppers = {peer: peer_stepper(peer, timesteps) for peer in installed()}
+    ours = stepper_of(NAME, timesteps, timesteps, Schedule(epochs=1))
+    return {side: stepper(work_of(batch)) for side, stepper in {"ours": ours, **steppers}.items()}
+
+
 @click.command()
 @click.option("--rounds", default=7, show_default=True)
 @click.option("--threads", default=2, show_default=True)
@@ -72,6 +83,11 @@ def main(rounds: int, threads: int, quick: bool) -> None:
     batch, rounds = (2, 1) if quick else (16, rounds)
     print(f"seed 0, fp32, batch {batch}, T = {TIMESTEPS}, {rounds} rounds, {threads} threads, lmh {__version__}, "
           f"torch {torch.__version__}, {versions()}, {platform.machine()}")  # fmt: skip
+    losses = fresh(first_losses, TIMESTEPS, batch, threads)
+    print("first losses: " + ", ".join(f"{side} {loss:.4f}" for side, loss in losses.items()))
+    for side, loss in losses.items():
+        if abs(loss - losses["ours"]) > MOST_DIFFERENT * losses["ours"]:
+            raise click.ClickException(f"{side} does another job: its first loss is {loss}, ours {losses['ours']}.")
     rows: dict[str, dict[str, Any]] = {}
     for side, schedule in {"ours": Schedule(epochs=1), "recompute": Schedule(epochs=1, memory=Recompute())}.items():
         rows[side] = fresh(timed, NAME, TIMESTEPS, TIMESTEPS, schedule, batch, rounds, threads)
