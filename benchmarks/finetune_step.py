@@ -29,8 +29,7 @@ import click
 import torch
 from torch import nn
 
-from lmh import __version__, kernels_used
-from lmh.arena import use_arena
+from lmh import __version__, kernels_used, use_arena
 from lmh.convert import convert
 from lmh.finetune import Float32, KeepAll, Recompute, Schedule, TimeSliced
 from lmh.finetune.log import peak_memory_mb

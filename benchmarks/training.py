@@ -21,8 +21,7 @@ import torch
 from finetune_step import NETWORKS, fresh, peak, seconds_of, stepper_of, timed, work_of
 from peers import PEERS, PeerNetwork, installed, versions
 
-from lmh import __version__
-from lmh.arena import use_arena
+from lmh import __version__, use_arena
 from lmh.convert import convert
 from lmh.finetune import Recompute, Schedule, TimeSliced
 from lmh.finetune.log import peak_memory_mb

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..arena import use_arena
 from ..arguments import split_batch
 from ..calibrate import USUAL_CORRECTIONS, BlockResult, Correction, Reconstruction, blocks
 from ..calibrate.cost import Cost, correction_cost
@@ -176,6 +177,7 @@ def _reconstructed(
 def _distilled(conversion: Conversion, images: Images, settings: LabelFree, terminal: Terminal) -> Conversion:
     from ..finetune import distill
 
+    use_arena()
     epochs = settings.epochs + settings.qcfs_epochs
     steps = epochs * len(images.train)
     terminal.notice(

@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .arena import use_arena
     from .errors import LMHError
     from .evaluation import evaluate
     from .footprint import Fit
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "use_arena": "arena",
     "LMHError": "errors",
     "evaluate": "evaluation",
     "Fit": "footprint",
@@ -75,6 +77,7 @@ __all__ = [
     "recompute",
     "sites",
     "streamed",
+    "use_arena",
     "use_kernel",
 ]
 
