@@ -11,11 +11,12 @@ from torch import Tensor
 
 from lmh import zoo
 from lmh.errors import ArgumentError
-from lmh.zoo import AutoAugment, Batches, CropFlip, Cutout, DataSet, ForSVHN, InTurn
+from lmh.torchvision_shim import torchvision
+from lmh.zoo import AutoAugment, Batches, CropFlip, Cutout, DataSet, ForSVHN, InTurn, Roll, Rotate
 from lmh.zoo.augmentation import Augmentation, chosen_rows
 
 PAPER = InTurn((CropFlip(4), AutoAugment(), Cutout(16)))
-ALL = [CropFlip(2), CropFlip(0), CropFlip(1, flip=False), Cutout(8), AutoAugment(ForSVHN()), PAPER]
+ALL = [CropFlip(2), CropFlip(0), CropFlip(1, flip=False), Cutout(8), AutoAugment(ForSVHN()), Roll(0.5), Rotate(), PAPER]
 
 
 def images() -> Tensor:
@@ -44,6 +45,38 @@ def test_the_random_state_is_the_callers() -> None:
     x, state = images(), torch.get_rng_state()
     PAPER.apply(x, drawn(PAPER, 0))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_images_of_a_transform_are_each_transformed_as_alone() -> None:
+    x, way = images(), AutoAugment()
+    (seeds,) = way.draw(12, torch.Generator().manual_seed(0))
+    assert 2 <= len(seeds.unique()) <= 3
+    alone = [way.apply(image[None], (seed[None],)) for image, seed in zip(x, seeds, strict=True)]
+    assert torch.equal(way.apply(x, (seeds,)), torch.cat(alone))
+    (many,) = way.draw(4000, torch.Generator().manual_seed(0))
+    counts = many.unique(return_counts=True)[1]
+    assert 950 < len(counts) <= 1000
+    assert float(counts.double().mean()) < 4.3
+
+
+def test_roll_moves_each_image_around_its_borders() -> None:
+    x = torch.randint(0, 256, (12, 3, 20, 32), dtype=torch.uint8)
+    shares = drawn(Roll(0.25), 0)[0]
+    for image, moved, share in zip(x, Roll(0.25).apply(x, (shares,)), shares, strict=True):
+        down, right = (round(float(part)) for part in share * 0.25 * torch.tensor([20, 32]))
+        assert torch.equal(moved, image.roll((down, right), (1, 2)))
+    assert len((shares * 5).round().unique()) > 4
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32])
+def test_rotate_turns_each_image_as_torchvision_does(dtype: torch.dtype) -> None:
+    x = torch.randint(1, 256, (12, 3, 20, 32)).to(dtype)
+    shares = drawn(Rotate(30), 0)[0]
+    rotate = torchvision().transforms.v2.functional.rotate
+    expected = torch.stack([rotate(image, 30 * float(share)) for image, share in zip(x, shares, strict=True)])
+    found = Rotate(30).apply(x, (shares,))
+    assert found.dtype == dtype
+    assert float((found == expected).double().mean()) > 0.999  # a pixel in the middle between two may be either
 
 
 def test_cutout_blackens_one_square() -> None:

@@ -36,6 +36,12 @@ def _tensors(drawn: Drawn) -> list[Tensor]:
     return [item for item in drawn if isinstance(item, Tensor)]
 
 
+def _picked(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return [N, C, h, w], of each image its own rows [N, h] and columns [N, w]."""
+    picked = images[torch.arange(len(images))[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2).contiguous()
+
+
 @dataclass(frozen=True)
 class CropFlip:
     """Random crop after zero padding, and random horizontal flip, drawn for each image of a batch."""
@@ -61,11 +67,9 @@ class CropFlip:
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         if self.padding == 0:
             return images
-        count, _, height, width = images.shape
+        height, width = images.shape[2:]
         padded = F.pad(images, [self.padding] * 4)
-        rows, columns = corner[0] + torch.arange(height), corner[1] + torch.arange(width)
-        picked = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-        return picked.permute(0, 3, 1, 2).contiguous()
+        return _picked(padded, corner[0] + torch.arange(height), corner[1] + torch.arange(width))
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,16 @@ class ForSVHN:
 Policy = ForCIFAR10 | ForImageNet | ForSVHN
 
 
+ALIKE = 4
+"""Images of a batch to a transform of AutoAugment, on average: each has its own at four times the time."""
+
+
 @dataclass(frozen=True)
 class AutoAugment:
-    """AutoAugment (Cubuk et al., CVPR 2019), one image at a time through torchvision.transforms.v2.
+    """AutoAugment (Cubuk et al., CVPR 2019) through torchvision.transforms.v2.
+
+    A batch of N has N/4 random transforms, and each image one of them: what happens to an image is as random as ever,
+    and torchvision takes the images of one transform together.
 
     Attributes:
         policy: ``ForCIFAR10()``, ``ForImageNet()`` or ``ForSVHN()``.
@@ -136,11 +147,12 @@ class AutoAugment:
         check_kind("AutoAugment: policy", self.policy, kinds, "ForCIFAR10()", "ForImageNet()")
 
     def draw(self, count: int, generator: torch.Generator) -> Drawn:
-        """Return a seed for each image."""
-        return (torch.randint(2**62, (count,), generator=generator),)
+        """Return the seed of each image's transform."""
+        seeds = torch.randint(2**62, (-(-count // ALIKE),), generator=generator)
+        return (seeds[torch.randint(len(seeds), (count,), generator=generator)],)
 
     def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
-        """Run torchvision's transform under each image's seed.
+        """Run torchvision's transform under every seed.
 
         Raises:
             ArgumentError: for event frames.
@@ -153,12 +165,12 @@ class AutoAugment:
         [seeds] = _tensors(drawn)
         transforms = torchvision().transforms
         transform = transforms.v2.AutoAugment(transforms.AutoAugmentPolicy(self.policy.name))
-        found = []
+        found = torch.empty_like(images)
         with torch.random.fork_rng([]):
-            for image, seed in zip(images, seeds.tolist(), strict=True):
+            for seed in seeds.unique().tolist():
                 torch.manual_seed(seed)
-                found.append(transform(image))
-        return torch.stack(found)
+                found[seeds == seed] = transform(images[seeds == seed])
+        return found
 
 
 @dataclass(frozen=True)
@@ -182,12 +194,10 @@ class Roll:
     def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
         """Move each image by whole pixels."""
         [shares] = _tensors(drawn)
-        far = self.share * torch.tensor(images.shape[2:])
-        moved = [
-            image.roll(pixels, (1, 2))
-            for image, pixels in zip(images, (shares * far).round().int().tolist(), strict=True)
-        ]
-        return torch.stack(moved)
+        sizes = torch.tensor(images.shape[2:])
+        moved = (shares * self.share * sizes).round().long()
+        rows, columns = ((torch.arange(sizes[axis]) - moved[:, axis, None]) % sizes[axis] for axis in (0, 1))
+        return _picked(images, rows, columns)
 
 
 @dataclass(frozen=True)
@@ -209,11 +219,15 @@ class Rotate:
         return (2 * torch.rand(count, generator=generator) - 1,)
 
     def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
-        """Run torchvision's rotation for each image."""
+        """Turn each image, as torchvision's ``rotate`` does by one angle for all."""
         [shares] = _tensors(drawn)
-        rotate = torchvision().transforms.v2.functional.rotate
-        angles = (self.degrees * shares).tolist()
-        return torch.stack([rotate(image, angle) for image, angle in zip(images, angles, strict=True)])
+        angles = torch.deg2rad(self.degrees * shares)
+        height, width = images.shape[2:]
+        cos, sin, none = angles.cos(), angles.sin(), torch.zeros(len(images))
+        turn = [torch.stack(row, 1) for row in ((cos, -sin * height / width, none), (sin * width / height, cos, none))]
+        grid = F.affine_grid(torch.stack(turn, 1), list(images.shape), align_corners=False)
+        turned = F.grid_sample(images.float(), grid, mode="nearest", align_corners=False)
+        return turned.to(images.dtype)
 
 
 @dataclass(frozen=True)
