@@ -9,7 +9,9 @@
 #include <iterator>
 #include <map>
 #include <mutex>
+#include <tuple>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -38,13 +40,17 @@ class Arena {
     return block >= base_ && block < base_ + resident_.size() * kGrain;
   }
 
-  // A block in the smallest hole that has room for it, or null.
+  // A block in the hole where it takes the fewest new pages, the smallest of these, or null.
   void* take(size_t bytes) {
     const size_t size = (bytes + kGrain - 1) / kGrain;
     std::lock_guard<std::mutex> lock(mutex_);
     auto best = holes_.end();
-    for (auto hole = holes_.begin(); hole != holes_.end(); ++hole)
-      if (hole->second >= size && (best == holes_.end() || hole->second < best->second)) best = hole;
+    auto best_cost = std::make_pair(size + 1, size_t{0});
+    for (auto hole = holes_.begin(); hole != holes_.end(); ++hole) {
+      if (hole->second < size) continue;
+      const auto cost = std::make_pair(size - residents_in(hole->first, size), hole->second);
+      if (cost < best_cost) std::tie(best, best_cost) = std::make_pair(hole, cost);
+    }
     if (best == holes_.end()) return nullptr;
     const auto [place, room] = *best;
     holes_.erase(best);
@@ -93,6 +99,11 @@ class Arena {
     size = std::min(size, top_ - place);
     madvise(base_ + place * kGrain, size * kGrain, MADV_DONTNEED);
     set_resident(place, size, false);
+  }
+
+  size_t residents_in(size_t place, size_t size) const {
+    const auto first = resident_.begin() + static_cast<std::ptrdiff_t>(place);
+    return static_cast<size_t>(std::count(first, first + static_cast<std::ptrdiff_t>(size), true));
   }
 
   void set_resident(size_t place, size_t size, bool resident) {

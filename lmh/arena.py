@@ -5,9 +5,9 @@ it gives them back to the kernel, and the next one is cleared page by page as it
 than the neurons. Or it keeps them; but torch asks for aligned blocks, whose ends it leaves behind in pieces, so that
 the next block of that size does not fit where the last one was, and the process grows by a half.
 
-lmh/arena.cpp has blocks of 256 KiB and more in one range of addresses, in multiples of 64 KiB, without such pieces: the
-smallest hole that fits is taken, and holes that touch are one. What holes keep is bounded too: beyond a sixteenth of
-the most that was ever in use, the last ones go back to the kernel.
+lmh/arena.cpp has blocks of 256 KiB and more in one range of addresses, in multiples of 64 KiB, without such pieces: a
+block goes where it needs the fewest new pages, and holes that touch are one. What holes keep is bounded too: pages
+beyond 17/16 of the most that was ever in use go back to the kernel, those of the last holes first.
 """
 
 from __future__ import annotations
