@@ -8,10 +8,9 @@ of 16 bits is then not rounded.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -57,6 +56,17 @@ class FrozenJob:
     def forgets(self) -> bool:
         """Whether v_D[t−1] plays no part."""
         return _forgets(self.numbers)
+
+    def part(self, steps: slice) -> FrozenJob:
+        """The job of some of the steps; what is not at the end keeps the state, what is not at the beginning takes it.
+
+        >>> job = FrozenJob(20, False, False, False, False, (), state=(False, True), keep=False)
+        >>> job.part(slice(0, 20)) == job, job.part(slice(0, 16)).keep, job.part(slice(16, 32)).steps
+        (True, True, 4)
+        """
+        stop = min(steps.stop, self.steps)
+        state = (not self.forgets, True) if steps.start else self.state
+        return replace(self, steps=stop - steps.start, state=state, keep=self.keep or stop < self.steps)
 
 
 def _forgets(numbers: tuple[tuple[str, float], ...]) -> bool:
@@ -179,8 +189,6 @@ class FrozenSite(SpikingSite):
             current, other = current + other, None
         steps = self.time.steps
         kernel = choose(current, steps=min(steps, MOST_COMPILED_STEPS), training=True, worth=WORTH_COMPILING)
-        if kernel is Kernel.COMPILED and steps > MOST_COMPILED_STEPS:
-            return self._in_parts(current, other)
         if other is not None and kernel is not Kernel.COMPILED:
             current, other = current + other, None
         dtype = state_dtype(current)
@@ -203,8 +211,7 @@ class FrozenSite(SpikingSite):
         tensors += [values[name] for name in NAMES if name not in dict(self.numbers)]
         first = [0] * sum(state) + [int(self._per_step)] * (len(tensors) - sum(state))
         if kernel is Kernel.COMPILED:
-            output, *last = self._compiled(job, current, other, tensors, first)
-            kernel = Kernel.COMPILED if compiles(job) else Kernel.FUSED
+            kernel, (output, *last) = self._compiled(job, current, other, tensors, first)
         else:
             currents = current if self.static else self.unfold(current)
             output, *last = frozen_pass(job, None, currents, *map(partial(_aligned, ndim=current.ndim), tensors, first))
@@ -215,31 +222,18 @@ class FrozenSite(SpikingSite):
             self._carried = State(dendrite.detach(), last[-1].detach()), begun + steps
         return output
 
-    def _in_parts(self, current: Tensor, other: Tensor | None) -> Tensor:
-        """Run more steps than one compiled pass has, each part from the state in which the one before ended."""
-        time, carried = self.time, self._carried
-        batch = 0 if self.static else len(current) // time.steps
-        outputs = []
-        try:
-            for first in range(0, time.steps, MOST_COMPILED_STEPS):
-                self.time = copy.copy(time)
-                self.time.steps, self.time.carry = min(MOST_COMPILED_STEPS, time.steps - first), True
-                rows = slice(None) if self.static else slice(first * batch, (first + self.time.steps) * batch)
-                outputs.append(self.forward(current[rows], None if other is None else other[rows]))
-        finally:
-            self.time = time
-            if not time.carry:
-                self._carried = carried
-        return torch.cat(outputs)
-
     @property
     def _per_step(self) -> bool:
         return isinstance(self.neuron.granularity, PerStep)
 
     def _compiled(
         self, job: FrozenJob, current: Tensor, other: Tensor | None, tensors: list[Tensor], first: list[int]
-    ) -> list[Tensor]:
-        """Run the compiled pass over rows and columns."""
+    ) -> tuple[Kernel, list[Tensor]]:
+        """Run compiled passes over rows and columns, each from the state in which the one before ended.
+
+        Returns:
+            The kernel, FUSED where a compilation failed; and the output and, if it is kept, the last state.
+        """
         order = Order.of(current, len(current) if self.static else len(current) // job.steps)
         lead = () if self.static else (job.steps,)
         flat = [
@@ -248,8 +242,20 @@ class FrozenSite(SpikingSite):
         ]
         form = current.dtype, order.channel_a_row, order.rows == 1, order.columns == 1
         currents = [order.flatten(each, *lead) for each in (current, other) if each is not None]
-        output, *last = program(frozen_pass, job, form)(*currents, *flat)
-        return [order.restore(output, job.steps), *map(order.restore, last)]
+        state, values = flat[: sum(job.state)], flat[sum(job.state) :]
+        kernel, outputs = Kernel.COMPILED, []
+        for begin in range(0, job.steps, MOST_COMPILED_STEPS):
+            now = slice(begin, begin + MOST_COMPILED_STEPS)
+            part = job.part(now)
+            output, *state = program(frozen_pass, part, form)(
+                *(each if job.static else each[now] for each in currents),
+                *state,
+                *(value[now] if job.per_step else value for value in values),
+            )
+            outputs.append(output)
+            kernel = kernel if compiles(part) else Kernel.FUSED
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return kernel, [order.restore(output, job.steps), *map(order.restore, state)]
 
 
 def _aligned(value: Tensor, first: int, *, ndim: int) -> Tensor:
