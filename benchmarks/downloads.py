@@ -29,8 +29,9 @@ import click
 
 from lmh import __version__
 from lmh.artifact import file_digest
+from lmh.home import home
 from lmh.terminal import Terminal
-from lmh.zoo.cache import fetched, home
+from lmh.zoo.cache import fetched
 from lmh.zoo.transfer import Patience, Weights
 
 

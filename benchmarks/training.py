@@ -85,7 +85,7 @@ def main(rounds: int, threads: int, quick: bool) -> None:
     losses = fresh(first_losses, TIMESTEPS, batch, threads)
     print("first losses: " + ", ".join(f"{side} {loss:.4f}" for side, loss in losses.items()))
     for side, loss in losses.items():
-        if abs(loss - losses["ours"]) > MOST_DIFFERENT * losses["ours"]:
+        if not quick and not abs(loss - losses["ours"]) <= MOST_DIFFERENT * losses["ours"]:  # nor is NaN the same job
             raise click.ClickException(f"{side} does another job: its first loss is {loss}, ours {losses['ours']}.")
     rows: dict[str, dict[str, Any]] = {}
     for side, schedule in {"ours": Schedule(epochs=1), "recompute": Schedule(epochs=1, memory=Recompute())}.items():

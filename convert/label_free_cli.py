@@ -164,6 +164,7 @@ def _cost(conversion: Conversion, images: Images) -> Cost:
 def _reconstructed(
     conversion: Conversion, images: Images, reconstruction: Reconstruction, terminal: Terminal
 ) -> Conversion:
+    use_arena()
     with terminal.stage("reconstructing", len(blocks(conversion.prepared))) as advance:
 
         def on_block(result: BlockResult) -> None:

@@ -18,6 +18,7 @@ namespace {
 
 constexpr size_t kGrain = size_t{1} << 16;   // of sizes and addresses
 constexpr size_t kLarge = size_t{1} << 18;   // what is smaller is torch's own business
+constexpr size_t kLargest = size_t{1} << 62; // beyond any size: a negative one, which torch refuses
 constexpr size_t kSpare = 16;                // one part in 16 may be resident beyond the most that was ever in use
 
 // One range of addresses, as large as the machine's memory, from which blocks are cut. Sizes and places are in grains.
@@ -97,6 +98,7 @@ class Arena {
   void empty(size_t place, size_t size) {
     if (place >= top_) return;
     size = std::min(size, top_ - place);
+    if (residents_in(place, size) == 0) return;
     madvise(base_ + place * kGrain, size * kGrain, MADV_DONTNEED);
     set_resident(place, size, false);
   }
@@ -122,7 +124,7 @@ class Arena {
   size_t top_ = 0;  // behind the last grain that ever had pages
 };
 
-// Never destroyed, as tensors outlive whatever the order of destruction at exit.
+// Never destroyed, like its allocator: tensors may outlive whatever is destroyed at exit.
 Arena& arena() {
   static Arena* const only = new Arena;
   return *only;
@@ -138,8 +140,13 @@ void give_back(void* block) {
 class Allocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    void* block = bytes < kLarge ? nullptr : arena().take(bytes);
-    if (block == nullptr) return c10::GetDefaultCPUAllocator()->allocate(bytes);
+    void* block = bytes < kLarge || bytes > kLargest ? nullptr : arena().take(bytes);
+    if (block == nullptr) {
+      c10::Allocator* const torchs = c10::GetDefaultCPUAllocator();
+      c10::DataPtr found = torchs->allocate(bytes);
+      static_cast<void>(found.compare_exchange_deleter(torchs->raw_deleter(), &give_back));
+      return found;
+    }
     c10::profiledCPUMemoryReporter().New(block, bytes);
     return {block, block, &give_back, c10::Device(c10::DeviceType::CPU)};
   }
@@ -151,11 +158,13 @@ class Allocator final : public c10::Allocator {
 
 // Tensors come from the arena from now on; 0 if the system has no range of addresses for it.
 extern "C" int lmh_use_arena() {
-  static Allocator allocator;
-  if (!arena().exists()) return 0;
-  const auto lock = [] { arena().mutex().lock(); };
-  const auto unlock = [] { arena().mutex().unlock(); };
-  pthread_atfork(lock, unlock, unlock);
-  c10::SetCPUAllocator(&allocator, 1);
-  return 1;
+  static const int used = [] {
+    if (!arena().exists()) return 0;
+    const auto lock = [] { arena().mutex().lock(); };
+    const auto unlock = [] { arena().mutex().unlock(); };
+    pthread_atfork(lock, unlock, unlock);
+    c10::SetCPUAllocator(new Allocator, 1);
+    return 1;
+  }();
+  return used;
 }

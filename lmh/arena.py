@@ -17,7 +17,7 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -28,6 +28,11 @@ import torch
 from .home import home
 
 SOURCE = Path(__file__).with_name("arena.cpp")
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared")
+WITHOUT = (
+    "Training takes more memory than it needs: its allocator could not be built or started (lmh.use_arena says what it "
+    "wants, a C++ compiler first of all)."
+)
 
 
 @functools.cache
@@ -35,23 +40,37 @@ def use_arena() -> bool:
     """Let tensors on the CPU lie in an arena from now on, for the whole process; returns whether they do.
 
     What does it is compiled once for a version of torch, which takes 2 s, and kept in ``LMH_HOME``. Where that cannot
-    be, on another system than Linux, without a C++ compiler (``g++``, or what ``CXX`` names) or a folder to write in,
-    all stays as it is.
+    be, all stays as it is: on another system than Linux, without a C++ compiler of C++20 (``g++``, or what ``CXX``
+    names) or a folder to write in, and where address space is counted (``ulimit -v``, ``vm.overcommit_memory=2``), of
+    which the arena reserves as much as the machine has memory.
 
     >>> isinstance(use_arena(), bool)
     True
     """
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or _addresses_count():
         return False
     try:
         return bool(ctypes.CDLL(str(_library())).lmh_use_arena())
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, AttributeError, subprocess.SubprocessError):
+        return False
+
+
+def _addresses_count() -> bool:
+    """Whether the system limits the addresses of a process, not the memory behind them alone."""
+    import resource
+
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return True
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    except OSError:
         return False
 
 
 def _library() -> Path:
     """Return the compiled library, and compile it if there is none for this torch and this machine."""
-    made_for = f"{SOURCE.read_text()} {torch.__version__} {platform.machine()}"
+    machine = platform.machine(), platform.libc_ver(), torch.__version__, torch.version.git_version
+    made_for = f"{SOURCE.read_text()} {FLAGS} {machine}"
     library = home() / "compiled" / f"arena-{hashlib.sha256(made_for.encode()).hexdigest()[:16]}.so"
     if not library.is_file():
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -64,12 +83,9 @@ def _library() -> Path:
 
 def _compile(library: Path) -> None:
     """Compile the source beside the headers of the torch that is installed."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler")
     installed, abi = Path(torch.__file__).parent, int(torch.compiled_with_cxx11_abi())
     command = [
-        compiler, "-std=c++20", "-O2", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
+        *shlex.split(os.environ.get("CXX", "g++")), *FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
         f"-I{installed / 'include'}", str(SOURCE), "-o", str(library), f"-L{installed / 'lib'}", "-lc10",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, timeout=300)

@@ -81,8 +81,8 @@ class _Call:
         return self.order.restore(output, self.job.steps), *last, *(more[-1:] if self.extra.bits else [])
 
     def unpacked(self, dtype: torch.dtype, bits: Tensor, theta: Tensor) -> Tensor:
-        """The output of :meth:`forward` from its bits and the θ of :meth:`written_out`."""
-        plain = replace(self, job=replace(self.job, normalised=False, shortcut=False))  # which the bits know nothing of
+        """The output of :meth:`forward` from its bits and the θ of :meth:`written_out`; how I came plays no part."""
+        plain = replace(self, job=replace(self.job, static=False, normalised=False, shortcut=False))
         return self.order.restore(plain.run(unpack_pass, dtype, bits, theta), self.job.steps)
 
     def backward(

@@ -31,16 +31,16 @@ class Spikes:
     Attributes:
         shape: [T·N, C, *F].
         dtype: of the output.
-        unpacked: computes it from the bits, in its order in memory.
+        unpack: computes it from the bits, in its order in memory.
     """
 
     shape: torch.Size
     dtype: torch.dtype
-    unpacked: Callable[[], Tensor]
+    unpack: Callable[[], Tensor]
 
     def __call__(self) -> Tensor:
         """Return θ s, [T·N, C, *F]."""
-        return self.unpacked()
+        return self.unpack()
 
 
 @dataclass(frozen=True)

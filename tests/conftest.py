@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import nets
-from lmh import kernels, zoo
+from lmh import kernels, use_arena, zoo
 from lmh.convert import Conversion, convert
 from lmh.zoo import Batches, DataSet, cache
 from served import DATA
@@ -21,6 +22,10 @@ from unruly_server import Server, unruly_server
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # programs that a test starts: the cores belong to pytest's own processes
 os.environ["LMH_HOME"] = str(Path(tempfile.gettempdir()) / f"lmh-tests-{os.getpid()}")  # not the user's own models
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["LMH_HOME"], ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,6 +75,7 @@ def deep() -> Conversion:
 @pytest.fixture
 def home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The home of downloads, empty, in an environment that says nothing else about the network."""
+    use_arena()  # what it compiles is in the home of all tests
     monkeypatch.setenv("LMH_HOME", str(tmp_path / "home"))
     for name in (*cache.OFFLINE, "HF_ENDPOINT", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)

@@ -10,9 +10,25 @@ from pathlib import Path
 import pytest
 
 from commands import succeed
+from lmh.kernels import can_compile
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the arena is made for Linux alone")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the arena is made for Linux alone"),
+    pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler"),
+]
 
+SMALL = ("-T", 1, "--data", "digits", "--train-samples", 64, "--test-samples", 32)
+ANN = """architecture = "digits-cnn"
+data = "digits"
+samples = 64
+seed = 3
+
+[training]
+batch_size = 32
+strategy = {type = "STBP"}
+schedule = {type = "Schedule", epochs = 1, distillation = "none"}
+"""
 BEGIN = """
 import random, resource, sys, threading, torch
 from lmh.arena import use_arena
@@ -20,10 +36,10 @@ used = use_arena()
 MB = 2**20
 
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 / MB
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / MB
 
 def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt * 4096 / MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize() / MB
 """
 
 
@@ -115,9 +131,9 @@ print(process.exitcode)
 
 
 def test_a_tensor_from_before_goes_back_to_where_it_came_from() -> None:
-    code = f"import torch\nold = torch.ones(2**22)\n{BEGIN}\ndel old\nprint(float(torch.ones(2**22).sum()))"
+    code = f"import torch\nold = torch.ones(2**22)\n{BEGIN}\ndel old\nprint(used, float(torch.ones(2**22).sum()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(float(2**22))]
+    assert done.stdout.split() == ["True", str(float(2**22))]
 
 
 def test_more_than_there_is_is_torchs_own_error() -> None:
@@ -125,9 +141,14 @@ def test_more_than_there_is_is_torchs_own_error() -> None:
 try:
     torch.empty(2**50)
 except RuntimeError as error:
-    print("allocate" in str(error))
+    print(used, "allocate" in str(error))
+try:
+    torch.UntypedStorage(-1)
+except RuntimeError as error:
+    print(str(error).split()[0])
 """
-    assert printed(code) == ["True"]
+    assert printed(code)[:2] == ["True", "True"]
+    assert len(printed(code)) == 3
 
 
 def test_without_a_compiler_or_a_folder_all_stays_as_it_is(tmp_path: Path) -> None:
@@ -148,10 +169,37 @@ def test_it_is_compiled_once(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.so")) == [library]
 
 
-def test_training_asks_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_addresses_count_it_is_not_used() -> None:
+    code = """
+resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))
+use_arena.cache_clear()
+print(use_arena())
+"""
+    assert printed(code) == ["False"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        (("finetune", "zoo:digits-cnn", *SMALL, "--epochs", 1, "--strategy", "stbp"), "finetune.cli_training"),
+        (("convert", "zoo:digits-cnn", *SMALL, "--distill", 1), "convert.label_free_cli"),
+        (("zoo", "train", "an-ann.toml", "--out", "out"), "zoo.train_cli"),
+    ],
+    ids=["finetune", "distill", "an ANN"],
+)
+def test_training_asks_for_it(
+    arguments: tuple[object, ...], where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     asked: list[bool] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lmh.finetune.cli_training.use_arena", lambda: asked.append(True))
-    small = ("zoo:digits-cnn", "-T", 1, "--data", "digits", "--train-samples", 64, "--test-samples", 32)
-    succeed("finetune", *small, "--epochs", 1, "--strategy", "stbp", "--recompute")
+    monkeypatch.setattr(f"lmh.{where}.use_arena", lambda: asked.append(True) or True)
+    Path("an-ann.toml").write_text(ANN)
+    succeed(*arguments)
     assert asked == [True]
+
+
+def test_where_there_is_none_training_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lmh.finetune.cli_training.use_arena", lambda: False)
+    done = succeed("finetune", "zoo:digits-cnn", *SMALL, "--epochs", 1, "--strategy", "stbp")
+    assert "Training takes more memory than it needs" in done.err

@@ -49,10 +49,11 @@ def test_the_random_state_is_the_callers() -> None:
 
 def test_the_images_of_a_transform_are_each_transformed_as_alone() -> None:
     x, way = images(), AutoAugment()
-    (seeds,) = way.draw(12, torch.Generator().manual_seed(0))
-    assert 2 <= len(seeds.unique()) <= 3
-    alone = [way.apply(image[None], (seed[None],)) for image, seed in zip(x, seeds, strict=True)]
-    assert torch.equal(way.apply(x, (seeds,)), torch.cat(alone))
+    for seed in range(20):
+        (seeds,) = drawn(way, seed)
+        assert 3 <= len(seeds.unique()) <= 8
+        alone = [way.apply(image[None], (own[None],)) for image, own in zip(x, seeds, strict=True)]
+        assert torch.equal(way.apply(x, (seeds,)), torch.cat(alone))
     (many,) = way.draw(4000, torch.Generator().manual_seed(0))
     counts = many.unique(return_counts=True)[1]
     assert 950 < len(counts) <= 1000

@@ -17,8 +17,8 @@ from commands import command, succeed
 from lmh import convert, evaluate, zoo
 from lmh.artifact import file_digest, write_tensors
 from lmh.errors import ArgumentError, ArtifactError, DownloadError
+from lmh.home import home
 from lmh.zoo import Batches, SpikingCard, transfer
-from lmh.zoo.cache import home
 from lmh.zoo.model_cards import VERSION, card_json, read_card
 from lmh.zoo.models import download, model_names, readable_cards
 from unruly_server import Cut, Other, Server, Status, unruly_server

@@ -11,17 +11,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmh import Kernel, carry_state, per_step, recompute, use_kernel
+from lmh import Kernel, carry_state, fused, per_step, recompute, use_kernel
 from lmh.convert import convert
 from lmh.finetune import BFloat16, Float32, KeepAll, Recompute, Schedule, TimeSliced
 from lmh.finetune.optimiser import optimiser
 from lmh.finetune.steps import Stepper, Work
+from lmh.kernels import can_compile, program
+from lmh.passes import Job, packed, unpack_pass
 from lmh.recomputed import Normalised, Spikes, Sum, source_of
+from lmh.resets import DetachedReset
 from lmh.spiking import LMH, PerChannel, PerLayer, PerStep, SpikingSite
+from lmh.surrogates import Triangle
 from lmh.time_axis import TimeAxis, time_axis
 from lmh.zoo.cifar_resnet import CifarResNet
 from tensors import last, nodes
 
+needs_compiler = pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler")
 SHAPES = {"linear": (3, 5), "sequence": (3, 5, 6), "image": (3, 5, 4, 2)}
 
 
@@ -85,6 +90,30 @@ def test_gradients_are_those_of_a_step_that_keeps_everything(granularity: object
     assert ours.keys() == expected.keys()
     assert {name for name, gradient in expected.items() if not torch.equal(gradient, ours[name])} == set()
     assert sum(bool(gradient.abs().max() > 0) for gradient in expected.values()) > len(expected) / 2
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_passes_unpack_the_same_spikes(monkeypatch: pytest.MonkeyPatch) -> None:
+    snn, called = network(2, PerStep()), []
+    monkeypatch.setattr(fused, "program", lambda *wanted: called.append(wanted[0]) or program(*wanted))
+    with use_kernel(Kernel.COMPILED):
+        ours, expected = gradients(snn, Recompute()), gradients(snn, KeepAll())
+    assert {name for name, gradient in expected.items() if not torch.equal(gradient, ours[name])} == set()
+    assert unpack_pass in called
+
+
+@needs_compiler
+@pytest.mark.parametrize("per_step", [False, True], ids=["", "per step"])
+def test_nine_steps_are_two_bytes_of_a_compiled_pass(per_step: bool) -> None:
+    theta = 0.5 + torch.rand(9, 6, 1) if per_step else 0.5 + torch.rand(6, 1)
+    output = (torch.rand(9, 6, 20) > 0.5) * theta
+    job = Job(9, Triangle(), DetachedReset(), per_step=per_step)
+    bits = packed(list(output))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = program(unpack_pass, job, dtype)(bits, theta)
+        assert found.dtype == dtype
+        assert torch.equal(found, output.to(dtype).flatten(0, 1))
 
 
 def test_a_wrong_bias_shows_in_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

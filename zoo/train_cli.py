@@ -225,12 +225,17 @@ def training_of(recipe: Recipe) -> TrainingRecipe:
     """Return the training of a recipe, with its seed, and the architecture's augmentation unless it names one.
 
     Raises:
-        ArgumentError: naming a type or field that is not known, or a value that its type refuses.
+        ArgumentError: naming a type or field that is not known, a value that its type refuses, or an idle teacher.
     """
     from ..finetune import Hybrid
     from ..finetune.recipe import TrainingRecipe
 
     training = TrainingRecipe.from_json({"type": "TrainingRecipe", **recipe.training}, recipe.name)
+    if recipe.teacher is not None and training.schedule.distillation is None:
+        raise ArgumentError(
+            f"{recipe.name}: has the teacher {recipe.teacher} and no distillation; expected both or neither. Leave out "
+            'teacher, or distillation = "none".'
+        )
     strategy = training.strategy
     if isinstance(strategy, Hybrid):
         strategy = replace(strategy, qcfs=replace(strategy.qcfs, seed=recipe.seed))
@@ -334,7 +339,7 @@ def _trained(ann: str, recipe: Recipe, out: Path) -> str:
         return str(path)
     if ann in model_names():
         return f"zoo:{ann}"
-    other = ", or name another with --ann" if ann == recipe.ann else ""
+    other = ", or name another with --ann" if ann == recipe.ann else ", or copy the recipe without its teacher"
     raise ArgumentError(
         f"{recipe.name} needs the ANN {ann}, which is neither in {out} nor in the zoo. Train it first, by `lmh zoo "
         f"train {ann} --data {recipe.data} --out {out}`{other}."
