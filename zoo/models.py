@@ -110,7 +110,7 @@ def list_models(*, family: str | None = None, data: str | None = None, timesteps
     Raises:
         ArgumentError: for an unknown family.
 
-    >>> list_models(data="digits"), list_models(timesteps=4)
+    >>> list_models(data="digits"), list_models(data="digits", timesteps=4)
     (['digits-cnn'], ['digits-cnn-t4'])
     """
     architectures = None if family is None else set(list_architectures(family=family))
