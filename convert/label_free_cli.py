@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..arena import use_arena
+from ..arena import train_in_arena
 from ..arguments import split_batch
 from ..calibrate import USUAL_CORRECTIONS, BlockResult, Correction, Reconstruction, blocks
 from ..calibrate.cost import Cost, correction_cost
@@ -164,7 +164,7 @@ def _cost(conversion: Conversion, images: Images) -> Cost:
 def _reconstructed(
     conversion: Conversion, images: Images, reconstruction: Reconstruction, terminal: Terminal
 ) -> Conversion:
-    use_arena()
+    train_in_arena(terminal)
     with terminal.stage("reconstructing", len(blocks(conversion.prepared))) as advance:
 
         def on_block(result: BlockResult) -> None:
@@ -178,7 +178,7 @@ def _reconstructed(
 def _distilled(conversion: Conversion, images: Images, settings: LabelFree, terminal: Terminal) -> Conversion:
     from ..finetune import distill
 
-    use_arena()
+    train_in_arena(terminal)
     epochs = settings.epochs + settings.qcfs_epochs
     steps = epochs * len(images.train)
     terminal.notice(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..arena import WITHOUT, use_arena
+from ..arena import train_in_arena
 from ..convert.cli import measured
 from ..convert.cli_inputs import Inputs
 from ..convert.pipeline import Conversion
@@ -54,8 +53,7 @@ class Training:
 
     def run(self, terminal: Terminal) -> Finetuned:
         """Train, with a bar, and with tensors in the arena from now on."""
-        if not use_arena() and sys.platform.startswith("linux"):
-            terminal.notice(WITHOUT)
+        train_in_arena(terminal)
         batches = self.batches
         terminal.notice(f"Samples: {self.inputs.training}.")
         with terminal.stage("fine-tuning", self.recipe.epochs * len(batches)) as advance:

@@ -26,13 +26,10 @@ from pathlib import Path
 import torch
 
 from .home import home
+from .terminal import Terminal
 
 SOURCE = Path(__file__).with_name("arena.cpp")
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared")
-WITHOUT = (
-    "Training takes more memory than it needs: its allocator could not be built or started (lmh.use_arena says what it "
-    "wants, a C++ compiler first of all)."
-)
 
 
 @functools.cache
@@ -53,6 +50,15 @@ def use_arena() -> bool:
         return bool(ctypes.CDLL(str(_library())).lmh_use_arena())
     except (OSError, AttributeError, subprocess.SubprocessError):
         return False
+
+
+def train_in_arena(terminal: Terminal) -> None:
+    """What commands begin to train with: the arena, or a notice where a Linux has none."""
+    if not use_arena() and sys.platform.startswith("linux"):
+        terminal.notice(
+            "Training takes more memory than it needs: its allocator could not be built or started (lmh.use_arena says "
+            "what it wants, a C++ compiler first of all)."
+        )
 
 
 def _addresses_count() -> bool:

@@ -11,6 +11,7 @@ import pytest
 
 from commands import succeed
 from lmh.kernels import can_compile
+from texts import ANN_RECIPE
 
 pytestmark = [
     pytest.mark.slow,
@@ -19,16 +20,6 @@ pytestmark = [
 ]
 
 SMALL = ("-T", 1, "--data", "digits", "--train-samples", 64, "--test-samples", 32)
-ANN = """architecture = "digits-cnn"
-data = "digits"
-samples = 64
-seed = 3
-
-[training]
-batch_size = 32
-strategy = {type = "STBP"}
-schedule = {type = "Schedule", epochs = 1, distillation = "none"}
-"""
 BEGIN = """
 import random, resource, sys, threading, torch
 from lmh.arena import use_arena
@@ -147,8 +138,9 @@ try:
 except RuntimeError as error:
     print(str(error).split()[0])
 """
-    assert printed(code)[:2] == ["True", "True"]
-    assert len(printed(code)) == 3
+    used, refused, negative = printed(code)
+    assert (used, refused) == ("True", "True")
+    assert negative
 
 
 def test_without_a_compiler_or_a_folder_all_stays_as_it_is(tmp_path: Path) -> None:
@@ -183,23 +175,24 @@ print(use_arena())
     [
         (("finetune", "zoo:digits-cnn", *SMALL, "--epochs", 1, "--strategy", "stbp"), "finetune.cli_training"),
         (("convert", "zoo:digits-cnn", *SMALL, "--distill", 1), "convert.label_free_cli"),
+        (("convert", "zoo:digits-cnn", *SMALL, "--reconstruct", 1), "convert.label_free_cli"),
         (("zoo", "train", "an-ann.toml", "--out", "out"), "zoo.train_cli"),
     ],
-    ids=["finetune", "distill", "an ANN"],
+    ids=["finetune", "distill", "reconstruct", "an ANN"],
 )
 def test_training_asks_for_it(
     arguments: tuple[object, ...], where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[bool] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(f"lmh.{where}.use_arena", lambda: asked.append(True) or True)
-    Path("an-ann.toml").write_text(ANN)
+    monkeypatch.setattr(f"lmh.{where}.train_in_arena", lambda terminal: asked.append(True))
+    Path("an-ann.toml").write_text(ANN_RECIPE)
     succeed(*arguments)
     assert asked == [True]
 
 
 def test_where_there_is_none_training_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lmh.finetune.cli_training.use_arena", lambda: False)
+    monkeypatch.setattr("lmh.arena.use_arena", lambda: False)
     done = succeed("finetune", "zoo:digits-cnn", *SMALL, "--epochs", 1, "--strategy", "stbp")
     assert "Training takes more memory than it needs" in done.err

@@ -27,18 +27,9 @@ from lmh.zoo.model_cards import SpikingCard, read_card_file
 from lmh.zoo.recipe import RECIPES, Published, Recipe, read_recipe, recipe_names
 from lmh.zoo.results import cards_in, packaged_cards, results_page
 from lmh.zoo.train_cli import training_of
+from texts import ANN_RECIPE
 
 REPOSITORY = Path(__file__).parent.parent
-ANN = """architecture = "digits-cnn"
-data = "digits"
-samples = 64
-seed = 3
-
-[training]
-batch_size = 32
-strategy = {type = "STBP"}
-schedule = {type = "Schedule", epochs = 1, distillation = "none"}
-"""
 SNN = """architecture = "digits-cnn"
 data = "digits"
 samples = 96
@@ -129,7 +120,7 @@ def test_an_ann_is_trained_on_the_first_samples_of_the_seed(
         return begin(self, epoch)
 
     monkeypatch.setattr(Batches, "at_epoch", noted)
-    succeed("zoo", "train", written("quick", ANN), "--out", "out")
+    succeed("zoo", "train", written("quick", ANN_RECIPE), "--out", "out")
     chosen = seen[0]
     assert chosen is not None
     assert torch.equal(chosen, zoo.seeded_order(zoo.load_data("digits").train, 3)[:64])
@@ -142,7 +133,7 @@ def test_an_ann_is_trained_on_the_first_samples_of_the_seed(
     assert not list((tmp_path / "out").glob("*.training"))
 
 
-@pytest.mark.parametrize(("name", "text"), [("an-ann", ANN), ("a-t2", SNN)])
+@pytest.mark.parametrize(("name", "text"), [("an-ann", ANN_RECIPE), ("a-t2", SNN)])
 def test_a_recipe_in_bfloat16_is_carried_out_in_float32_where_the_device_has_none(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
 ) -> None:
@@ -163,7 +154,7 @@ def test_a_recipe_in_bfloat16_is_carried_out_in_float32_where_the_device_has_non
 
 
 def test_a_spiking_network_starts_from_the_ann_beside_it_or_the_zoo_s(written: Written, tmp_path: Path) -> None:
-    succeed("zoo", "train", written("own-ann", ANN), "--out", "out")
+    succeed("zoo", "train", written("own-ann", ANN_RECIPE), "--out", "out")
     own = written("own-t2", SNN.replace('ann = "digits-cnn"', 'ann = "own-ann"'))
     succeed("zoo", "train", own, "--out", "out")
     succeed("zoo", "train", written("zoo-t2", SNN), "--out", "out")
@@ -194,7 +185,7 @@ def test_a_qcfs_network_starts_from_a_relu_network_and_a_spiking_one_from_it(wri
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8), np.arange(64) % 10
     np.savez("ten.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
-    of_cifar = ANN.replace('"digits"', '"cifar10"')
+    of_cifar = ANN_RECIPE.replace('"digits"', '"cifar10"')
     relu = of_cifar.replace("digits-cnn", "cifar10-resnet20")
     qcfs = of_cifar.replace("digits-cnn", "cifar10-resnet20-qcfs4").replace(', distillation = "none"', ", lr = 1e-9")
     spiking = qcfs.replace("seed = 3", 'seed = 3\ntimesteps = 2\nann = "qcfs"\nteacher = "relu"')
@@ -236,16 +227,16 @@ def test_without_an_ann_training_starts_from_random_weights(written: Written, tm
 
 def test_what_is_there_is_not_trained_over(written: Written, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    succeed("zoo", "train", written("quick", ANN), "--out", out)
+    succeed("zoo", "train", written("quick", ANN_RECIPE), "--out", out)
     before = file_digest(out / "quick.safetensors")
-    refused = command("zoo", "train", written("quick", ANN.replace("seed = 3", "seed = 4")), "--out", out)
+    refused = command("zoo", "train", written("quick", ANN_RECIPE.replace("seed = 3", "seed = 4")), "--out", out)
     assert "quick.json: is there already, and its seed is another; expected a network of this recipe" in refused.err
     (out / "quick.json").unlink()
     assert "without a card, and training would write over" in command("zoo", "train", "quick.toml", "--out", out).err
     assert file_digest(out / "quick.safetensors") == before
 
 
-@pytest.mark.parametrize("text", [ANN, SNN], ids=["ANN", "SNN"])
+@pytest.mark.parametrize("text", [ANN_RECIPE, SNN], ids=["ANN", "SNN"])
 def test_a_card_that_could_not_be_written_is_made_by_the_next_run(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
@@ -281,7 +272,7 @@ def test_a_qcfs_network_sees_the_images_as_its_relu_network_does(written: Writte
     own = replace(zoo.card("cifar10-resnet20").preprocessing, mean=(0.1, 0.2, 0.3))
     facts = {"preprocessing": plain_value(own)}
     write_tensors(tmp_path / "relu.safetensors", zoo.load("cifar10-resnet20").state_dict(), {"record": facts})
-    text = ANN.replace('"digits-cnn"', '"cifar10-resnet20-qcfs4"').replace('"digits"', '"cifar10"')
+    text = ANN_RECIPE.replace('"digits-cnn"', '"cifar10-resnet20-qcfs4"').replace('"digits"', '"cifar10"')
     recipe = written("q", text.replace("seed = 3", 'seed = 3\nann = "cifar10-resnet20"'))
     succeed("zoo", "train", recipe, "--data", "npz:d.npz", "--ann", "relu.safetensors", "--out", "out")
     card = read_card_file(tmp_path / "out" / "q.json")
@@ -302,10 +293,10 @@ def test_a_broken_run_goes_on(written: Written, tmp_path: Path) -> None:
 def test_what_is_missing_is_named(written: Written) -> None:
     written("orphan", SNN.replace('ann = "digits-cnn"', 'ann = "nobody"'))
     written("untaught", 'teacher = "nobody"\n' + SNN)
-    written("taught", 'teacher = "digits-cnn"\n' + ANN)
+    written("taught", 'teacher = "digits-cnn"\n' + ANN_RECIPE)
     written("idle", 'teacher = "digits-cnn"\n' + SNN[:-2] + ', distillation = "none"}')
-    written("confused", ANN.replace('"STBP"', '"SLTT"'))
-    written("shy", ANN + "patience = 3\n")
+    written("confused", ANN_RECIPE.replace('"STBP"', '"SLTT"'))
+    written("shy", ANN_RECIPE + "patience = 3\n")
     written("five", SNN)
     written("odd", 'time_norm = "batch"\n' + SNN)
     x, y = np.zeros((8, 8, 8), np.uint8), np.arange(8) % 5
@@ -333,16 +324,16 @@ def test_what_is_missing_is_named(written: Written) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (ANN.replace("seed = 3\n", ""), r"missing: seed; unknown: nothing; expected name, architecture"),
-        ("patience = 3\n" + ANN, r"missing: nothing; unknown: patience"),
-        (ANN + "\n[published]\ntable = 1\n", r"\[published\]: missing: method, accuracy"),
+        (ANN_RECIPE.replace("seed = 3\n", ""), r"missing: seed; unknown: nothing; expected name, architecture"),
+        ("patience = 3\n" + ANN_RECIPE, r"missing: nothing; unknown: patience"),
+        (ANN_RECIPE + "\n[published]\ntable = 1\n", r"\[published\]: missing: method, accuracy"),
         ("= 3", r"not TOML"),
-        (ANN.replace("seed = 3", 'seed = "x"'), r"seed is 'x'; expected a whole number of at least 0"),
+        (ANN_RECIPE.replace("seed = 3", 'seed = "x"'), r"seed is 'x'; expected a whole number of at least 0"),
         (SNN.replace("timesteps = 2", "timesteps = 0"), r"timesteps is 0; expected a whole number of at least 1"),
-        (ANN.replace("samples = 64", "samples = true"), r"samples is True"),
-        ("training = 3\n" + ANN.partition("[training]")[0], r"training is 3; expected a table"),
-        ("published = 3\n" + ANN, r"\[published\]: is 3; expected a table"),
-        (ANN + '\n[published]\ntable = 4\nmethod = "x"\naccuracy = 50', r"expected table 1, 2 or 3"),
+        (ANN_RECIPE.replace("samples = 64", "samples = true"), r"samples is True"),
+        ("training = 3\n" + ANN_RECIPE.partition("[training]")[0], r"training is 3; expected a table"),
+        ("published = 3\n" + ANN_RECIPE, r"\[published\]: is 3; expected a table"),
+        (ANN_RECIPE + '\n[published]\ntable = 4\nmethod = "x"\naccuracy = 50', r"expected table 1, 2 or 3"),
     ],
 )
 def test_another_form_is_refused(written: Written, text: str, words: str) -> None:
@@ -352,7 +343,7 @@ def test_another_form_is_refused(written: Written, text: str, words: str) -> Non
 
 def test_a_name_that_no_file_can_have_is_refused(written: Written) -> None:
     with pytest.raises(ArgumentError, match=r"recipe 'my net': expected letters, digits"):
-        read_recipe(str(written("my net", ANN)))
+        read_recipe(str(written("my net", ANN_RECIPE)))
 
 
 def test_the_seed_is_that_of_every_stage() -> None:

@@ -95,7 +95,7 @@ def test_what_fits_gives_what_one_run_gives(name: str, share: float) -> None:
     """``share``: of what one sample takes over all T steps. In float64, as convolutions of other batches round anew."""
     snn, x = NETWORKS[name]()
     snn = snn.eval()
-    if x.dtype == torch.float32 and "bfloat16" not in name:
+    if "bfloat16" not in name:
         snn, x = snn.double(), x.double()
     sample = x[:, :1] if name == "event frames" else x[:1]
     whole = live_bytes(snn, [sample], T)

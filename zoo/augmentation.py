@@ -194,10 +194,11 @@ class Roll:
     def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
         """Move each image by whole pixels."""
         [shares] = _tensors(drawn)
-        sizes = torch.tensor(images.shape[2:])
-        moved = (shares * self.share * sizes).round().long()
-        rows, columns = ((torch.arange(sizes[axis]) - moved[:, axis, None]) % sizes[axis] for axis in (0, 1))
-        return _picked(images, rows, columns)
+        picked = []
+        for axis, size in enumerate(images.shape[2:]):
+            moved = (shares[:, axis, None] * self.share * size).round().long()
+            picked.append((torch.arange(size) - moved) % size)
+        return _picked(images, *picked)
 
 
 @dataclass(frozen=True)

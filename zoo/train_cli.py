@@ -11,7 +11,7 @@ import click
 import torch
 from torch import nn
 
-from ..arena import use_arena
+from ..arena import train_in_arena
 from ..artifact import is_there, make_folder, versions, write_atomically, write_tensors
 from ..cli import command_line
 from ..errors import ArgumentError
@@ -144,7 +144,7 @@ def train_ann(
     from ..finetune.hybrid import start_from_relu
     from ..finetune.trainer import accuracy
 
-    use_arena()
+    train_in_arena(terminal)
     training = training_of(recipe)
     if training.strategy != STBP():
         raise ArgumentError(
