@@ -42,9 +42,9 @@ batch_size = 32
 strategy = {type = "Hybrid", qcfs = {type = "Schedule", epochs = 1}}
 schedule = {type = "Schedule", epochs = 1}
 """
-SCRATCH = SNN.replace('ann = "digits-cnn"\n', 'time_norm = "tebn"\n').replace(
-    '{type = "Hybrid", qcfs = {type = "Schedule", epochs = 1}}', '{type = "Progressive"}'
-)
+HYBRID = '{type = "Hybrid", qcfs = {type = "Schedule", epochs = 1}}'
+SCRATCH = SNN.replace('ann = "digits-cnn"\n', 'time_norm = "tebn"\n').replace(HYBRID, '{type = "Progressive"}')
+FURTHER = SNN.replace('ann = "digits-cnn"', 'snn = "first"\nteacher = "digits-cnn"').replace(HYBRID, '{type = "STBP"}')
 TABLES = {
     1: {95.62, 96.36, 92.92, 94.44, 78.58, 80.31, 81.65, 74.47, 78.71, 59.93, 60.37, 79.10, 67.80},
     2: {94.02, 87.56, 73.11, 57.12, 49.09},
@@ -78,6 +78,9 @@ def test_every_recipe_is_whole(name: str) -> None:
         ann = read_recipe(recipe.ann)
         layers = recipe.architecture if recipe.timesteps is not None else recipe.architecture.partition("-qcfs")[0]
         assert (ann.architecture, ann.data, ann.timesteps) == (layers, recipe.data, None)
+    elif recipe.snn is not None:
+        snn = read_recipe(recipe.snn)
+        assert (snn.architecture, snn.data, snn.timesteps) == (recipe.architecture, recipe.data, recipe.timesteps)
     else:
         assert recipe.timesteps is None or training.schedule.distillation is None  # there is no teacher
     if recipe.teacher is not None:
@@ -160,7 +163,7 @@ def test_a_spiking_network_starts_from_the_ann_beside_it_or_the_zoo_s(written: W
     succeed("zoo", "train", written("zoo-t2", SNN), "--out", "out")
     again = succeed("zoo", "train", own, "--out", "out")
     assert "Trained already" in again.out
-    succeed("zoo", "train", own, "--ann", "zoo:digits-cnn", "--out", "given")
+    succeed("zoo", "train", own, "--start", "zoo:digits-cnn", "--out", "given")
     cards = [read_card_file(tmp_path / place) for place in ("out/own-t2.json", "out/zoo-t2.json", "given/own-t2.json")]
     mine, theirs, given = cards
     assert all(isinstance(card, SpikingCard) for card in cards)
@@ -178,6 +181,26 @@ def test_a_spiking_network_starts_from_the_ann_beside_it_or_the_zoo_s(written: W
     snn = load(tmp_path / "out" / "zoo-t2.safetensors")
     assert snn(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
     assert read_training("out/zoo-t2.safetensors") == training_of(read_recipe("zoo-t2.toml"))
+
+
+def test_a_spiking_network_goes_on_from_a_spiking_one(written: Written, tmp_path: Path) -> None:
+    succeed("zoo", "train", written("first", SNN), "--out", "out")
+    succeed("zoo", "train", written("second", FURTHER), "--out", "out")
+    assert "Trained already" in succeed("zoo", "train", "second.toml", "--out", "out").out
+    first, second = (read_card_file(tmp_path / "out" / f"{name}.json") for name in ("first", "second"))
+    assert isinstance(first, SpikingCard)
+    assert isinstance(second, SpikingCard)
+    assert second.stages == {**first.stages, "as loaded": first.accuracy}
+    assert (second.ann_accuracy, second.recipe["start"]) == (first.ann_accuracy, "first")
+    history = [read_snn(tmp_path / "out" / f"{name}.safetensors")[1]["history"] for name in ("first", "second")]
+    assert (len(history[0]), len(history[1])) == (2, 3)
+    written("longer", FURTHER.replace("timesteps = 2", "timesteps = 4"))
+    for arguments, words in (
+        (("longer.toml",), "first.safetensors: is digits-cnn with 10 classes and T = 2; longer starts from digits-cnn "
+                           "with 10 classes and T = 4"),
+        (("second.toml", "--start", "zoo:digits-cnn", "--out", "odd"), "zoo:digits-cnn: is an ANN; expected a spiking"),
+    ):  # fmt: skip
+        assert words in " ".join(command("zoo", "train", "--out", "out", *arguments).err.split())
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -206,9 +229,9 @@ def test_a_qcfs_network_starts_from_a_relu_network_and_a_spiking_one_from_it(wri
     written("again", 'ann = "relu"\n' + relu)
     missing = "do not fit: its layer2.0.shortcut.0.weight is missing; expected [32, 16, 1, 1]"
     for arguments, words in (
-        (("again.toml", "--ann", "out/relu.safetensors"), "CifarResNet: has no QCFS activation"),
-        (("qcfs.toml", "--ann", "other.pt"), missing),
-        (("qcfs.toml", "--ann", "zoo:digits-cnn"), "the weights of this DigitsCNN do not fit: its stem.0.weight is"),
+        (("again.toml", "--start", "out/relu.safetensors"), "CifarResNet: has no QCFS activation"),
+        (("qcfs.toml", "--start", "other.pt"), missing),
+        (("qcfs.toml", "--start", "zoo:digits-cnn"), "the weights of this DigitsCNN do not fit: its stem.0.weight is"),
     ):
         found = command("zoo", "train", *arguments, "--data", "npz:ten.npz", "--out", "odd")
         assert found.status != 0
@@ -274,7 +297,7 @@ def test_a_qcfs_network_sees_the_images_as_its_relu_network_does(written: Writte
     write_tensors(tmp_path / "relu.safetensors", zoo.load("cifar10-resnet20").state_dict(), {"record": facts})
     text = ANN_RECIPE.replace('"digits-cnn"', '"cifar10-resnet20-qcfs4"').replace('"digits"', '"cifar10"')
     recipe = written("q", text.replace("seed = 3", 'seed = 3\nann = "cifar10-resnet20"'))
-    succeed("zoo", "train", recipe, "--data", "npz:d.npz", "--ann", "relu.safetensors", "--out", "out")
+    succeed("zoo", "train", recipe, "--data", "npz:d.npz", "--start", "relu.safetensors", "--out", "out")
     card = read_card_file(tmp_path / "out" / "q.json")
     assert (card.preprocessing, card.data) == (own, "cifar10")
 
@@ -303,14 +326,14 @@ def test_what_is_missing_is_named(written: Written) -> None:
     np.savez("five.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     for arguments, words in (
         (("odd.toml",), r"time_norm is 'batch'; expected one of plain, tebn, tdbn"),
-        (("orphan.toml",), r"ANN nobody, which is neither in out nor in the zoo.*lmh zoo train nobody"),
-        (("untaught.toml",), r"untaught needs the ANN nobody, which is neither in out nor in the zoo"),
+        (("orphan.toml",), r"needs nobody, which is neither in out nor in the zoo.*lmh zoo train nobody"),
+        (("untaught.toml",), r"untaught needs nobody, which is neither in out nor in the zoo"),
         (("idle.toml",), r"idle: has the teacher digits-cnn and no distillation; expected both or neither"),
         (("taught.toml",), r"an ANN has no teacher but the one it starts from"),
         (("confused.toml",), r"strategy is SLTT.*an ANN is trained by STBP"),
         (("shy.toml",), r"patience"),
         (("cifar10-resnet20",), r"--data is missing: cifar10-resnet20 is trained on cifar10.*--data cifar10:DIR"),
-        (("digits-cnn", "--ann", "x.pt"), r"--ann x.pt came with a recipe that trains an ANN from random weights"),
+        (("digits-cnn", "--start", "x.pt"), r"--start x.pt came with a recipe that trains an ANN from random weights"),
         (("digit-cnn",), r"recipe 'digit-cnn' is not known; nearest: digits-cnn"),
         (("digits-cnn", "--data", "cifar10:x"), r"--data cifar10:x is not digits, which digits-cnn is trained on"),
         (("orphan.toml", "--data", "npz:none.npz"), r"none.npz: no such file"),
@@ -333,6 +356,10 @@ def test_what_is_missing_is_named(written: Written) -> None:
         (ANN_RECIPE.replace("samples = 64", "samples = true"), r"samples is True"),
         ("training = 3\n" + ANN_RECIPE.partition("[training]")[0], r"training is 3; expected a table"),
         ("published = 3\n" + ANN_RECIPE, r"\[published\]: is 3; expected a table"),
+        (
+            'ann = "digits-cnn"\n' + FURTHER,
+            r"starts from the spiking network first; expected its timesteps",
+        ),
         (ANN_RECIPE + '\n[published]\ntable = 4\nmethod = "x"\naccuracy = 50', r"expected table 1, 2 or 3"),
     ],
 )

@@ -56,6 +56,7 @@ class Recipe:
             default.
         timesteps: T; None trains an ANN.
         ann: recipe of the ANN that a spiking network, or a QCFS network, starts from; None starts from random weights.
+        snn: recipe of the spiking network that this one goes on from, with its neurons; there is no ann then.
         teacher: recipe of the ANN whose outputs a spiking network is distilled from; None takes the one it starts from.
         time_norm: what becomes of BatchNorm in a spiking network: ``plain``, ``tebn`` or ``tdbn``.
         samples: train on the first so many in the order of the seed; None takes all.
@@ -69,6 +70,7 @@ class Recipe:
     training: Mapping[str, Any]
     timesteps: int | None = None
     ann: str | None = None
+    snn: str | None = None
     teacher: str | None = None
     time_norm: str = "plain"
     samples: int | None = None
@@ -77,10 +79,16 @@ class Recipe:
     def __post_init__(self) -> None:
         if not re.fullmatch(NAME, self.name):
             raise ArgumentError(f"recipe {self.name!r}: expected letters, digits, dots and dashes. Rename the file.")
-        texts = (self.architecture, self.data, *(name for name in (self.ann, self.teacher) if name is not None))
+        named = (name for name in (self.ann, self.snn, self.teacher) if name is not None)
+        texts = (self.architecture, self.data, *named)
         if not all(isinstance(text, str) for text in texts):
             raise ArgumentError(
-                f"{self.name}: architecture, data, ann and teacher are {texts}; expected names in quotes."
+                f"{self.name}: architecture, data, ann, snn and teacher are {texts}; expected names in quotes."
+            )
+        if self.snn is not None and (self.ann is not None or self.timesteps is None or self.time_norm != "plain"):
+            raise ArgumentError(
+                f"{self.name}: starts from the spiking network {self.snn}; expected its timesteps, and neither ann nor "
+                "time_norm. Leave them out."
             )
         if self.teacher is not None and self.timesteps is None:
             raise ArgumentError(f"{self.name}: an ANN has no teacher but the one it starts from. Leave teacher out.")
@@ -93,6 +101,11 @@ class Recipe:
                 raise ArgumentError(f"{self.name}: {name} is {value!r}; expected a whole number of at least {least}.")
         if not isinstance(self.training, Mapping):
             raise ArgumentError(f"{self.name}: training is {self.training!r}; expected a table, [training].")
+
+    @property
+    def start(self) -> str | None:
+        """Return the recipe of the network that this one starts from; None starts from random weights."""
+        return self.ann or self.snn
 
 
 def recipe_names() -> list[str]:

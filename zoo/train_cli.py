@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from torch import nn
 
 from ..arena import train_in_arena
 from ..artifact import is_there, make_folder, versions, write_atomically, write_tensors
@@ -21,18 +19,17 @@ from ..verbosity import verbosity_options
 from .data import ANY_DATA, check_kind_of_data, load_data
 from .images import Batches, seeded_order
 from .model_cards import SpikingCard, card_text, read_card_file
-from .models import model_names
 from .recipe import Recipe, read_recipe
 from .registry import TORCHVISION, architecture
 from .releases import card_of_file
 from .splits import DataSet
+from .starts_cli import ANOTHER, check_start, fresh, start_of, trained, untrained
 
 if TYPE_CHECKING:
     from ..finetune.recipe import TrainingRecipe
 
 EMBEDDED = ("digits",)
 CHECKPOINT_MINUTES = 10.0
-ANOTHER = "Name another folder with --out."
 
 
 @click.command("train")
@@ -43,8 +40,8 @@ ANOTHER = "Name another folder with --out."
 )  # fmt: skip
 @click.option("--data", metavar="SPEC", help="Where the recipe's data set is. Embedded data needs none.")
 @click.option(
-    "--ann", metavar="SOURCE",
-    help="What a spiking or QCFS network starts from; unless given, the ANN of its recipe, in --out or the zoo.",
+    "--start", metavar="SOURCE",
+    help="The network to start from; unless given, the one that the recipe names, in --out or the zoo.",
 )  # fmt: skip
 @click.option("--licence", default="Apache-2.0", show_default=True, help="Of the weights, an SPDX identifier.")
 @click.option(
@@ -53,7 +50,7 @@ ANOTHER = "Name another folder with --out."
 @verbosity_options
 @click.pass_context
 def train_command(
-    context: click.Context, recipe: str, out: Path, data: str | None, ann: str | None, licence: str, device: str
+    context: click.Context, recipe: str, out: Path, data: str | None, start: str | None, licence: str, device: str
 ) -> None:
     """Train an ANN or a spiking network by RECIPE, a name of the zoo or a TOML file, and write its card.
 
@@ -71,13 +68,15 @@ def train_command(
 
     found = read_recipe(recipe)
     spec = _data_spec(found, data)
-    if ann is not None and found.timesteps is None and found.ann is None:
-        raise click.UsageError(f"--ann {ann} came with a recipe that trains an ANN from random weights. Leave it out.")
+    if start is not None and found.timesteps is None and found.ann is None:
+        raise click.UsageError(
+            f"--start {start} came with a recipe that trains an ANN from random weights. Leave it out."
+        )
     opened = _opened(found, spec)
     make_folder(out, ANOTHER)
     path = out / f"{found.name}.safetensors"
     place = path.with_suffix(".json")
-    facts = {**plain_value(found), "data": spec, "start": ann or found.ann}
+    facts = {**plain_value(found), "data": spec, "start": start or found.start}
     if is_there(path) and is_there(place):
         _check_same(place, facts)
         click.echo(f"Trained already: {path}, {place}. Remove them to train again.")
@@ -86,28 +85,32 @@ def train_command(
     if not has_bfloat16(device_of(device)) and in_float32(facts) != facts:
         terminal.notice(IN_FLOAT32)
         found, facts = replace(found, training=in_float32(found.training)), in_float32(facts)
-    measured = None
+    measured, earlier = None, None
     if found.timesteps is None:
         if is_there(path) and not is_there(_checkpoint(path)):
             raise ArgumentError(
                 f"{path}: is there without a card, and training would write over it; expected one of {found.name}, or "
                 "none. Name another folder with --out, or remove it to train."
             )
-        start = None if found.ann is None else ann or _ann_of(found, opened, out)
+        start = None if found.ann is None else start or start_of(found, opened, out)
         train_ann(found, opened, start, facts, path, terminal, device)
     else:
-        start = ann or _ann_of(found, opened, out)
-        _check_start(found, opened, start)
+        start = start or start_of(found, opened, out)
+        earlier = check_start(found, opened, start)
         if is_there(path):  # a run that ended before its card was written
             measured = _measured(found, path, spec, terminal)
         else:
-            teacher = None if found.teacher is None else _trained(found.teacher, found, out)
+            teacher = None if found.teacher is None else trained(found.teacher, found, out)
             measured = train_snn(context, found, spec, start, teacher, path, device)
     made = card_of_file(found.name, path, licence=licence, measured=measured)
     made = replace(made, recipe=facts, data=found.data)
     if isinstance(made, SpikingCard) and facts["start"] is None:
         made = replace(made, ann_accuracy=None, stages={})  # of random weights
-        _untrained(found, out).unlink()
+        untrained(found, out).unlink()
+    elif isinstance(made, SpikingCard) and earlier is not None:
+        made = replace(
+            made, ann_accuracy=made.ann_accuracy or earlier.ann_accuracy, stages={**earlier.stages, **made.stages}
+        )
     write_atomically(place, card_text(made).encode(), ANOTHER)
     _checkpoint(path).unlink(missing_ok=True)
     click.echo(f"Written: {path}, {place}")
@@ -151,7 +154,7 @@ def train_ann(
             f"{recipe.name}: strategy is {training.strategy} and there is no timesteps; an ANN is trained by STBP. "
             'Name timesteps, or take strategy = {type = "STBP"}.'
         )
-    model = _fresh(recipe, data)
+    model = fresh(recipe, data)
     chosen = seeded_order(data.train, recipe.seed)[: recipe.samples]
     source = None if start is None else load_source(start)
     teacher = None if source is None else source.model
@@ -196,7 +199,7 @@ def train_snn(
         context: of the running command.
         recipe: says T and how.
         spec: where its data set is.
-        start: the ANN.
+        start: the ANN, or the spiking network, which keeps its neurons.
         teacher: the ANN that it is distilled from, or None for the same.
         path: of the file; a folder of that name without a suffix has recipe, log and checkpoints.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -213,11 +216,13 @@ def train_snn(
     make_folder(folder, ANOTHER)
     wanted = folder / "recipe.toml"
     write_recipe(training_of(recipe), wanted)
-    named = start.startswith(("zoo:", TORCHVISION))
+    converted: dict[str, Any] = {}
+    if recipe.snn is None:
+        arch = None if start.startswith(("zoo:", TORCHVISION)) else recipe.architecture
+        converted = {"timesteps": recipe.timesteps, "time_norm": recipe.time_norm, "arch": arch}
     return context.invoke(
-        finetune_command, network=start, teacher=teacher, data=spec, timesteps=recipe.timesteps, recipe=str(wanted),
-        time_norm=recipe.time_norm, train_samples=recipe.samples, seed=recipe.seed, output=path, resume=folder,
-        checkpoint_minutes=CHECKPOINT_MINUTES, arch=None if named else recipe.architecture, device=device,
+        finetune_command, network=start, teacher=teacher, data=spec, recipe=str(wanted), train_samples=recipe.samples,
+        seed=recipe.seed, output=path, resume=folder, checkpoint_minutes=CHECKPOINT_MINUTES, device=device, **converted,
     )  # fmt: skip
 
 
@@ -308,60 +313,6 @@ def _data_spec(recipe: Recipe, given: str | None) -> str:
             "your own."
         )
     return spec
-
-
-def _fresh(recipe: Recipe, data: DataSet) -> nn.Module:
-    """Build the architecture with the random weights of the seed."""
-    torch.manual_seed(recipe.seed)
-    return architecture(recipe.architecture).build(num_classes=len(data.classes))
-
-
-def _untrained(recipe: Recipe, out: Path) -> Path:
-    return out / recipe.name / "untrained.safetensors"
-
-
-def _ann_of(recipe: Recipe, data: DataSet, out: Path) -> str:
-    """Return where the ANN is that a recipe names, or write one of random weights where it names none."""
-    if recipe.ann is None:
-        path = _untrained(recipe, out)
-        make_folder(path.parent, ANOTHER)
-        preprocessing = data.normalising(architecture(recipe.architecture).preprocessing)
-        facts = {"preprocessing": plain_value(preprocessing)}
-        write_tensors(path, _fresh(recipe, data).state_dict(), {"record": facts}, ANOTHER)
-        return str(path)
-    return _trained(recipe.ann, recipe, out)
-
-
-def _trained(ann: str, recipe: Recipe, out: Path) -> str:
-    """Return where an ANN is that a recipe names."""
-    path = out / f"{ann}.safetensors"
-    if is_there(path):
-        return str(path)
-    if ann in model_names():
-        return f"zoo:{ann}"
-    other = ", or name another with --ann" if ann == recipe.ann else ", or copy the recipe without its teacher"
-    raise ArgumentError(
-        f"{recipe.name} needs the ANN {ann}, which is neither in {out} nor in the zoo. Train it first, by `lmh zoo "
-        f"train {ann} --data {recipe.data} --out {out}`{other}."
-    )
-
-
-def _check_start(recipe: Recipe, data: DataSet, start: str) -> None:
-    """Refuse what the recipe's network cannot start from.
-
-    Raises:
-        ArgumentError: if it is of another architecture, or has other classes than the data.
-    """
-    from ..convert.loading import load_source
-
-    source = load_source(start)
-    name = None if source.card is None else source.card.name
-    if (name, source.num_classes) != (recipe.architecture, len(data.classes)):
-        raise ArgumentError(
-            f"{start}: is {name or 'a module'} with {source.num_classes} classes; {recipe.name} starts from "
-            f"{recipe.architecture} with {len(data.classes)}, as {data.name} has. Name another with --ann, or train "
-            "this one by `lmh finetune`."
-        )
 
 
 def _opened(recipe: Recipe, spec: str) -> DataSet:
