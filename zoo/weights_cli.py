@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from ..errors import ArgumentError, ArtifactError
 from ..terminal import Terminal
 from ..verbosity import verbosity_options
 from .cache import SUFFIX, is_whole, resting_place
+from .half_cli import in_half
 from .locations import parsed_location
 from .model_cards import ModelCard, card_json, card_markdown
 from .models import download, model_card, packaged, readable_cards
@@ -107,12 +109,15 @@ def add_command(address: str, as_json: bool) -> None:
 @click.option(
     "--data", metavar="SPEC", help="Measure spiking networks that have no card beside them on its test split."
 )
+@click.option("--half", is_flag=True, help="Weights in float16 where no accuracy on --data changes, by 0.05 points.")
 @JSON
 @verbosity_options
 def publish_command(
-    files: tuple[str, ...], out: Path, base: str | None, licence: str, data: str | None, as_json: bool
+    files: tuple[str, ...], out: Path, base: str | None, licence: str, data: str | None, half: bool, as_json: bool
 ) -> None:
     """Write a release: a folder with weights, a card for each, and an index with their hashes, ready to be uploaded."""
+    if half and data is None:
+        raise click.UsageError("--half needs --data: what float16 changes is measured on its test split.")
     terminal = Terminal(results=not as_json)
     folder = "" if base is None else base if base.endswith(("/", ":")) else f"{base}/"
     cards: list[tuple[ModelCard, Path]] = []
@@ -128,7 +133,11 @@ def publish_command(
     doubled = {card.name for card, _ in cards if [other.name for other, _ in cards].count(card.name) > 1}
     if doubled:
         raise ArgumentError(f"{', '.join(sorted(doubled))}: named twice; expected a name for each. Pass NAME=FILE.")
-    index = publish(cards, out)
+    with TemporaryDirectory() as smaller:
+        if half:
+            assert data is not None
+            cards = [in_half(card, path, Path(smaller), data, terminal) for card, path in cards]
+        index = publish(cards, out)
     lines = [f"{card.name}: {out / card.name}{SUFFIX}" for card, _ in cards] + [f"Written: {index}"]
     _print({"index": str(index), "models": [card_json(card) for card, _ in cards]}, lines, as_json)
 
