@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from ..errors import ArgumentError, CalibrationError
 from ..op_table import BATCHNORM_MODULES
 from ..ops import module_of
-from ..spiking import COEFFICIENTS, SpikingSite
+from ..spiking import COEFFICIENTS, PerStep, SpikingSite
 from .layers import Layer, shift, target
 from .lockstep import Lockstep
 from .sampling import places, values_at
@@ -168,7 +168,8 @@ class _Search:
     def over(self, name: str, moves: Callable[[Tensor], list[Tensor]]) -> None:
         """Try what ``moves`` make of the parameter; one that is neither for the layer nor for channels stays."""
         parameter: Tensor = getattr(self.site, name)
-        if parameter.shape not in (torch.Size(), self.error.shape):
+        of_steps = isinstance(self.site.neuron.granularity, PerStep) and name.startswith("raw_")
+        if of_steps or parameter.shape not in (torch.Size(), self.error.shape):
             return
         best = parameter.detach().clone()
         for moved in moves(best):

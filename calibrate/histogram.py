@@ -15,6 +15,8 @@ from ..errors import CalibrationError
 from ..structures import input_count
 
 BINS = 1024
+SMALLEST = 1e-30
+"""Values up to here count as 0: the width of their bins would vanish in float32."""
 CHUNK = 2**21  # values counted at a time: temporaries of some 40 MB
 
 
@@ -66,6 +68,7 @@ class Histogram:
     def _grow(self, top: Tensor) -> None:
         """Make every channel's range reach ``top`` by doubling, which merges pairs of bins exactly."""
         self.maximum = torch.maximum(self.maximum, top)
+        top = torch.where(top > SMALLEST, top, 0)
         fresh = (self.width == 0) & (top > 0)
         self.width = torch.where(fresh, top / BINS, self.width)
         while (short := top > self.width * BINS * (1 + 1e-6)).any():

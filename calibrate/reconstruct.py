@@ -156,7 +156,7 @@ class _Fit:
         self.student, self.timesteps, self.timed, self.settings = student, timesteps, timed, settings
         neurons, weights = [], []
         for module in student.modules():
-            own = dict(module.named_parameters(recurse=False))
+            own = {name: value for name, value in module.named_parameters(recurse=False) if value.requires_grad}
             if isinstance(module, SpikingSite):
                 fixed = set() if settings.coefficients else {f"raw_{name}" for name in COEFFICIENTS}
                 neurons += [parameter for name, parameter in own.items() if name not in fixed]

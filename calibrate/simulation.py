@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from ..spiking import SpikingSite
+from ..spiking import PerStep, SpikingSite
 from ..time_axis import TimeAxis
 
 
@@ -38,4 +38,4 @@ def constant_output(site: SpikingSite, current: Tensor) -> Tensor:
 def mean_threshold(site: SpikingSite) -> Tensor:
     """Return the largest mean output of a site: θ, or its mean over steps; shape [] or [C]."""
     theta = site.v_threshold.detach()
-    return theta.mean(0) if theta.ndim > site.base_threshold.ndim else theta
+    return theta.mean(0) if isinstance(site.neuron.granularity, PerStep) else theta

@@ -10,7 +10,7 @@ from torch import fx
 
 from ..errors import ArgumentError
 from ..op_table import DROPOUT_FUNCTIONS, Kind
-from ..ops import activation_module, argument, kind_of, label, module_of, signals
+from ..ops import activation_module, argument, follows_readout, kind_of, label, module_of, signals
 from ..records import Keep, NodeFate, Spike
 from ..shapes import BATCHES, batch_use, leading, node_values
 from ..structures import batched, structure_text, tensors_of
@@ -81,7 +81,7 @@ def _decide(node: fx.Node, plan: Plan) -> Spike | Keep | None:
         )
     rules = plan.rules
     ruled = module is not None and type(module) in rules
-    if kind is Kind.READOUT and not ruled and all(kind_of(user) in _AFTER_READOUT for user in node.users):
+    if kind is Kind.READOUT and not ruled and _ends_the_network(node):
         return None
     if not ruled and kind not in (Kind.ACTIVATION, Kind.READOUT, Kind.UNKNOWN):
         return None
@@ -95,6 +95,13 @@ def _decide(node: fx.Node, plan: Plan) -> Spike | Keep | None:
     if plan.surgery is not None:
         return Spike() if isinstance(activation, plan.surgery.stand_ins) else Keep()
     raise ArgumentError(refusal(node, plan.rules))
+
+
+def _ends_the_network(node: fx.Node) -> bool:
+    """Whether nothing comes behind a node but readouts and what reshapes theirs."""
+    return all(
+        kind_of(user) in _AFTER_READOUT or (follows_readout(user) and _ends_the_network(user)) for user in node.users
+    )
 
 
 def _unknown_path(path: str, known: Sequence[str]) -> str:

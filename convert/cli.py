@@ -307,7 +307,11 @@ def _open(job: Job, terminal: Terminal) -> tuple[Source, Inputs]:
 def check_output(output: Path, source: str, data: str | None, exports: Sequence[str] = ()) -> None:
     """Find out before the work whether the result can be written."""
     inputs = {"the source": user_path(source), "the data": user_path((data or "").partition(":")[2])}
-    for file in (output, *export_files(output, exports)):
+    files = (output, *export_files(output, exports))
+    doubled = [str(file) for file in files if files.count(file) > 1]
+    if doubled:
+        raise click.UsageError(f"{doubled[0]} would be written twice. Name another --output, or leave out an --export.")
+    for file in files:
         for what, path in inputs.items():
             if is_there(path) and is_there(file) and file.samefile(path):
                 raise click.UsageError(
@@ -376,7 +380,10 @@ def _training(job: Job, conversion: Conversion, source: Source, inputs: Inputs) 
 
     if inputs.train is None or getattr(inputs.train.split, "labels", None) is None:
         raise DataError(f"{job.data}: no labelled training samples; expected some for --finetune.")
-    recipe = Wishes(epochs=job.epochs).recipe_for(spiking=False, batches=inputs.train, seed=job.amounts.seed)
+    work = job.without_labels  # what was named there would be lost in a QCFS stage, which starts from the ANN
+    named = job.calibration is not None or work.corrections or work.reconstruct
+    wishes = Wishes(epochs=job.epochs, strategy="stbp" if named else None)
+    recipe = wishes.recipe_for(spiking=False, batches=inputs.train, seed=job.amounts.seed)
     checkpoint = Checkpoint(job.output.with_name(f"{job.output.name}.training"))
     return Training(conversion, recipe, inputs, source.model, checkpoint)
 

@@ -25,6 +25,7 @@ EXPORTERS: dict[str, tuple[str, Exporter]] = {
     "nir": (".nir", lambda network, file: export_nir(network, file, Exact())),
     "nir-project": (".nir", lambda network, file: export_nir(network, file, Project())),
 }
+SUFFIX, ZOO = ".safetensors", ".zoo"
 FORMATS = click.Choice(list(EXPORTERS))
 FORMATS_HELP = (
     "nir refuses what NIR cannot say exactly, such as a soft reset; nir-project writes the nearest neurons and lists "
@@ -34,7 +35,8 @@ FORMATS_HELP = (
 
 def export_files(network: Path, formats: Sequence[str]) -> list[Path]:
     """Return the files that exports in these formats are written to: beside the network, by its name."""
-    return [network.with_suffix(EXPORTERS[name][0]) for name in formats]
+    base = network.with_suffix("") if network.suffix in (SUFFIX, ZOO) else network
+    return [base.with_name(base.name + EXPORTERS[name][0]) for name in formats]
 
 
 def export_as(name: str, network: Conversion | fx.GraphModule, file: Path) -> Exported:
@@ -69,7 +71,7 @@ def export_command(
     lmh export resnet18-snn-T4.safetensors --to onnx
     lmh export zoo:digits-cnn-t4 --to nir-project --output digits.nir
     """  # noqa: D301
-    base = Path(f"{file.removeprefix('zoo:')}.zoo") if file.startswith("zoo:") else user_path(file)
+    base = Path(f"{file.removeprefix('zoo:')}{ZOO}") if file.startswith("zoo:") else user_path(file)
     target = output or export_files(base, [name])[0]
     if not file.startswith("zoo:") and target.exists() and target.samefile(base):
         raise click.UsageError(f"--output {target} is the network itself. Choose another file.")

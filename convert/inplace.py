@@ -19,8 +19,8 @@ def make_functional(model: fx.GraphModule) -> list[str]:
     """
     problems = []
     order = {node: position for position, node in enumerate(model.graph.nodes)}
-    for node in list(model.graph.nodes):
-        if not is_in_place(node) or not node.args or not isinstance(node.args[0], fx.Node):
+    for node in [node for node in model.graph.nodes if is_in_place(node)]:  # a module may be called more than once
+        if not node.args or not isinstance(node.args[0], fx.Node):
             continue
         target = node.args[0]
         stale = [alias for alias in _aliases(target, order, order[node]) if _read_after(alias, order[node], order)]

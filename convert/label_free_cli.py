@@ -18,6 +18,7 @@ from ..arguments import split_batch
 from ..calibrate import USUAL_CORRECTIONS, BlockResult, Correction, Reconstruction, blocks
 from ..calibrate.cost import Cost, correction_cost
 from ..errors import LMHError
+from ..structures import only_tensor
 from ..terminal import Advance, Terminal
 from ..zoo.images import Batches
 from .calibration_cli import CORRECTIONS
@@ -101,6 +102,11 @@ class LabelFreeWork:
         if options["epochs"] and (distill or budget is not None):
             raise click.UsageError(
                 "--finetune trains from the ANN with labels, and --distill or --budget without them. Leave one out."
+            )
+        if distill and options["calibration"]:
+            raise click.UsageError(
+                "--distill trains a quantised network first, whose thresholds MinError finds, so --calibration "
+                f"{options['calibration']} would not count. Leave one out."
             )
         auto = not (options["calibration"] or corrections or reconstruct or distill or options["epochs"])
         if budget is not None and not auto:
@@ -282,6 +288,7 @@ def _divergence(snn: nn.Module, ann: nn.Module, batches: Batches) -> float:
     device, total = next(ann.parameters()).device, 0.0
     for batch in batches:
         x = split_batch("auto", batch)[0][0].to(device)
-        wanted, given = (network(x).log_softmax(1) for network in (ann, snn))
+        outputs = (only_tensor(network(x), "auto") for network in (ann, snn))
+        wanted, given = (output.reshape(len(x), -1).log_softmax(1) for output in outputs)
         total += float(F.kl_div(given, wanted, reduction="sum", log_target=True))
     return total / batches.count

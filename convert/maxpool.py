@@ -20,7 +20,7 @@ from ..ops import argument, kind_of, label, module_of
 from ..records import Keep, NodeFate, Spike
 from ..spiking import SpikingSite
 from ..time_axis import FoldEvents, TimeAxis, Timed
-from .paths import unique_path
+from .paths import TIME, unique_path
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def gate_pools(model: fx.GraphModule, time: TimeAxis, pools: Iterable[fx.Node]) 
 
 
 def _call(model: fx.GraphModule, module: Timed, *args: fx.Node) -> fx.Node:
-    path = unique_path(model, f"time.{type(module).__name__}")
+    path = unique_path(model, f"{TIME}.{type(module).__name__}")
     model.add_submodule(path, module)
     return model.graph.call_module(path, args)
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
+
+TIME = "time"
+"""The folder that the modules of a spiking network that know of time lie in."""
+RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))
+"""What no part of a network can be called, as a graph has it for itself."""
 
 
 def unique_path(model: nn.Module, wanted: str) -> str:

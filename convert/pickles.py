@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import ArgumentError, SourceError, UnsafePickleError
+from ..errors import ArgumentError, SourceError, UnsafePickleError, reason_of
 from ..op_table import ACTIVATION_SPELLINGS, FUNCTION_KINDS
 from ..torchvision_shim import torchvision
 
@@ -173,7 +173,7 @@ def _load(path: Path, unknown: Sequence[str] = (), **options: Any) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = reason_of(error)
     return f"{path}: cannot be read ({reason}); expected a whole file of torch.save. Copy or save it again."
 
 

@@ -81,6 +81,9 @@ def prepare(
     ordered = {str(node.target): by_path[str(node.target)] for node in model.graph.nodes if node.target in by_path}
     fates += _added(ordered, fates, model)
     values = node_values(model, batched(sample_shape, 2))
+    flat = [node for node in values if node.target in ordered and node.op == "call_module" and values[node].ndim < 2]
+    if flat:
+        raise AuditError([f"{label(node)}: works on [N]; expected [N, …]. Put the squeeze behind it." for node in flat])
     channels = {path: _channels(model, path, values) for path in _spiking(ordered)}
     shape = as_sample_shape(each_shape(sample_shape))
     coverage = _coverage(fates, ordered, values)
@@ -137,7 +140,7 @@ def _added(activations: Mapping[str, Any], fates: Sequence[NodeFate], model: fx.
 
 def _channels(model: fx.GraphModule, path: str, values: Mapping[fx.Node, Any]) -> int | None:
     """Return the size of axis 1 where that is the channel axis; a linear layer on [N, …, C] has it last."""
-    (node,) = (node for node in model.graph.nodes if node.target == path)
+    (node,) = (node for node in model.graph.nodes if node.op == "call_module" and node.target == path)
     shape, current = values[node].shape, node
     while kind_of(current) not in (Kind.SYNAPSE, Kind.INPUT) and current.all_input_nodes:
         current = signal_input(current)

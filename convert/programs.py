@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SourceError
+from ..errors import SourceError, reason_of
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -90,7 +90,7 @@ def exported_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = reason_of(error)
     return f"{path}: its weights cannot be read ({reason}); expected a whole archive. Copy or save it again."
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..arguments import check_batches, check_kind, split_batch
 from ..calibrate import BlockResult, Correction, Reconstruction, changes, correct, reconstruct
 from ..calibrate.correct import own_copy
+from ..errors import ArgumentError
 from ..records import Calibration, short_text
 from .pipeline import Conversion, assemble
 
@@ -53,6 +54,7 @@ def refine(
     'MinError(levels_per_step=0.5, base_levels=2, per channel) + BiasCorrection(), 64 samples'
     """
     check_kind("refine: conversion", conversion, Conversion, "what convert returned")
+    check_has_weights("refine", conversion)
     if reconstruction is not None:
         check_kind("refine: reconstruction", reconstruction, Reconstruction, "Reconstruction(steps=200)")
     if not isinstance(data, Tensor):
@@ -70,6 +72,19 @@ def refine(
     return done
 
 
+def check_has_weights(where: str, conversion: Conversion) -> None:
+    """Refuse a conversion that was loaded without its ANN, which nothing can be compared with.
+
+    Raises:
+        ArgumentError: saying what to pass.
+    """
+    if not conversion.has_source_weights:
+        raise ArgumentError(
+            f"{where}: the conversion was loaded without the weights of its ANN; expected one that has them. Pass "
+            "load_conversion(file, source=ann)."
+        )
+
+
 def replayed(conversion: Conversion, calibration: Calibration) -> Conversion:
     """Return a conversion with the network that another calibration makes; what was said about its graph stays said.
 
@@ -79,7 +94,7 @@ def replayed(conversion: Conversion, calibration: Calibration) -> Conversion:
     """
     made = assemble(conversion.prepared, calibration, conversion.recipe)
     report = replace(conversion.report, calibration=made.report.calibration)
-    return replace(made, report=report)
+    return replace(made, report=report, has_source_weights=conversion.has_source_weights)
 
 
 def _count(data: Iterable[Any] | Tensor) -> int:

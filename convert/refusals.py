@@ -27,7 +27,10 @@ def describe(node: fx.Node) -> str:
 
 
 def _type_name(kind: type[nn.Module]) -> str:
-    return f"torch.nn.{kind.__name__}" if kind.__module__.startswith("torch.nn.modules.") else kind.__qualname__
+    if kind.__module__.startswith("torch.nn.modules."):
+        return f"torch.nn.{kind.__name__}"
+    alike = hasattr(nn, kind.__name__)  # as a layer of torch's that it is not
+    return f"{kind.__module__}.{kind.__qualname__}" if alike else kind.__qualname__
 
 
 def _function_name(target: Any) -> str:
@@ -65,6 +68,8 @@ def refusal(node: fx.Node, rules: Rules) -> str:
             f"{label(node)}: no rule for {describe(node)}, whose weights are computed at every call. Call "
             "torch.nn.utils.parametrize.remove_parametrizations on it first."
         )
+    if type(module).__module__.startswith(("torch.ao.", "torchao.")):
+        return f"{label(node)}: {describe(node)} is quantised; expected floating weights. Pass the network from before."
     if isinstance(module, BATCHNORM_MODULES) or node.target is F.batch_norm:
         return (
             f"{label(node)}: {describe(node)} without running statistics mixes the samples of a batch; expected "

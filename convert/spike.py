@@ -11,7 +11,7 @@ from torch import fx
 
 from ..errors import AuditError
 from ..op_table import Kind
-from ..ops import kind_of, label
+from ..ops import follows_readout, kind_of, label
 from ..readout import Average, MeanReadout
 from ..records import Calibration, Prepared, Spike
 from ..shapes import BATCHES, batch_use, node_values
@@ -30,7 +30,7 @@ from ..time_axis import (
 )
 from .maxpool import gate_pools
 from .normalisation import Normalisation, PlainBatchNorm, place_norms
-from .paths import unique_path
+from .paths import TIME, unique_path
 from .regions import Region, misfolded
 
 
@@ -129,7 +129,7 @@ def _regions(graph: fx.Graph, prepared: Prepared, encoding: Encoding) -> dict[fx
         if str(node.target) in prepared.activations:
             continue
         after = {Region.READOUT if kind_of(user) is Kind.OUTPUT else regions[user] for user in node.users}
-        if after == {Region.READOUT} and kind is Kind.READOUT:
+        if after == {Region.READOUT} and (kind is Kind.READOUT or follows_readout(node)):
             regions[node] = Region.READOUT
         elif after <= {Region.TAIL, Region.READOUT} and kind in _COMMUTES_WITH_MEAN:
             regions[node] = Region.TAIL
@@ -254,7 +254,7 @@ class _Folding:
     def _insert(self, source: fx.Node, kind: type[Timed]) -> fx.Node:
         key = (source, kind)
         if key not in self.made:
-            path = unique_path(self.model, f"time.{kind.__name__}")
+            path = unique_path(self.model, f"{TIME}.{kind.__name__}")
             self.model.add_submodule(path, kind(self.time))
             with _inserting_behind(source):
                 self.made[key] = self.model.graph.call_module(path, (source,))
@@ -271,7 +271,7 @@ def _inserting_behind(source: fx.Node) -> AbstractContextManager[Any]:
 
 def _fold_inputs(model: fx.GraphModule, time: TimeAxis) -> None:
     for source in [node for node in model.graph.nodes if node.op == "placeholder" and node.users]:
-        path = unique_path(model, "time.FoldEvents")
+        path = unique_path(model, f"{TIME}.FoldEvents")
         model.add_submodule(path, FoldEvents(time))
         with _inserting_behind(source):
             folded = model.graph.call_module(path, (source,))

@@ -62,7 +62,7 @@ _TYPES = {
     )
 }
 MANIFEST = "lmh_manifest"
-OURS = ("source", "recipe", "calibration", "sites", "structure", "versions")
+OURS = ("source", "recipe", "calibration", "sites", "structure", "calls", "versions")
 
 
 def save(
@@ -132,7 +132,13 @@ def save(
         manifest["source"] = dict(source)
     _check_facts(file, {"source": manifest["source"], **facts})
     tensors = snn.state_dict()
-    manifest |= {"sites": list(sites(snn)), "structure": _structure(snn), "versions": versions(), **facts}
+    manifest |= {
+        "sites": list(sites(snn)),
+        "structure": _structure(snn),
+        "calls": _calls(snn),
+        "versions": versions(),
+        **facts,
+    }
     path = user_path(file)
     write_snn(path, tensors, manifest)
     return path
@@ -259,7 +265,7 @@ def load_conversion(
             "one that gives the same graph. Pass that module as source=, and the conversion's own rules= if it had any."
         ) from error
     snn = conversion.snn
-    if _structure(snn) != manifest["structure"]:
+    if _structure(snn) != manifest["structure"] or manifest.get("calls", calls := _calls(snn)) != calls:
         raise ArtifactError(
             f"{path}: {manifest['source']['name'] or 'the source'} gives another graph than the file was made from; "
             "expected the same sites and shapes. Pass the network that was converted as source=."
@@ -356,6 +362,13 @@ def _structure(snn: fx.GraphModule) -> str:
         if node.op == "call_module" and not isinstance(snn.get_submodule(str(node.target)), SpikingSite)
     ]
     return hashlib.sha256(json.dumps([shapes, list(sites(snn)), steps, layers]).encode()).hexdigest()
+
+
+def _calls(snn: fx.GraphModule) -> str:
+    """Digest of what the graph's operations are called with besides tensors: numbers, sizes, options."""
+    places = {node: position for position, node in enumerate(snn.graph.nodes)}
+    arguments = [str(fx.map_arg((node.args, node.kwargs), lambda source: places[source])) for node in places]
+    return hashlib.sha256(json.dumps(arguments).encode()).hexdigest()
 
 
 def _still_there(record: Mapping[str, Any]) -> bool:

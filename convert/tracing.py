@@ -11,16 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from ..arguments import check_network, described
-from ..errors import ArgumentError, AuditError
+from ..errors import ArgumentError, AuditError, reason_of
 from ..op_table import Kind
 from ..ops import module_kind
 from ..spiking import sites
 from ..structures import POSITIONAL, batched, each_shape, example_tensor, leaves_of
 from .exported import trace_by_export
 from .exported.trace import users_line
+from .paths import RESERVED, TIME
 from .rules import DEFAULT_RULES, Rules
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -147,12 +151,31 @@ def _check(ann: nn.Module) -> None:
         )
     check_not_spiking(ann, ann)
     for name, tensor in (*ann.named_parameters(), *ann.named_buffers()):
+        if is_lazy(tensor):
+            raise ArgumentError(
+                f"{name}: has no shape yet; expected a network whose lazy layers know theirs. Run it once on a batch."
+            )
         if tensor.device.type != "meta" and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ArgumentError(
                 f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite weights. "
                 "Load a checkpoint from before the training diverged."
             )
+    own = {name for name, _ in (*ann.named_parameters(recurse=False), *ann.named_buffers(recurse=False))}
+    taken = ((own | {name for name, _ in ann.named_children()}) & RESERVED) | (own & {TIME})
+    if taken:
+        raise ArgumentError(
+            f"{min(taken)}: a part of the network has this name, which its graph has for itself; expected another. "
+            "Rename it, in the keys of its weights too."
+        )
+    for name, module in ann.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm | SpectralNorm):
+                remedy = "remove_weight_norm" if isinstance(hook, WeightNorm) else "remove_spectral_norm"
+                raise ArgumentError(
+                    f"{name or 'the model'}: its {hook.name} is computed by a hook at every call; expected a "
+                    f"parameter. Call torch.nn.utils.{remedy} on it first, which leaves the values that it has."
+                )
 
 
 def check_not_spiking(network: nn.Module, given: object) -> None:
@@ -261,5 +284,5 @@ def _examples(model: nn.Module, sample_shape: Sequence[Any], *, zero: bool = Fal
 
 
 def _stopped(error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = reason_of(error)
     return f"{users_line(error) or 'the forward'} stops it ({reason})"

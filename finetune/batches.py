@@ -8,13 +8,14 @@ from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 from ..arguments import check_batches, check_labels, refuse, split_batch
 from ..errors import TrainingError
 from ..structures import input_count, only_tensor
 from ..time_axis import takes_events
 from .distributed import ALONE, Group, Shardable
-from .randomness import drawn, seed_of
+from .randomness import drawn, seed_generators, seed_of
 
 Inputs = tuple[Tensor, ...]
 
@@ -75,6 +76,7 @@ class Feed:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Yield this process's share of the batches of an epoch, from one of them on."""
         batches, seed = self.source.at_epoch(epoch), seed_of(self.seed, "data", epoch)
+        seed_generators(batches, seed)
         if start and isinstance(batches, Skippable):
             batches, start = batches.from_batch(start), 0
         if self.group.world == 1 or isinstance(batches, Shardable):
@@ -133,6 +135,11 @@ def check_training_data(train: object, val: object) -> None:
             check_batches(where, data)
         if isinstance(data, Tensor):
             raise refuse(where, data, "batches", "Pass DataLoader(TensorDataset(x, y), batch_size=128, shuffle=True).")
+        if isinstance(getattr(data, "sampler", None), DistributedSampler):
+            raise refuse(
+                where, data, "whole batches, of which each process takes its rows",
+                "Leave out the DistributedSampler, and pass shuffle=True.",
+            )  # fmt: skip
         if isinstance(data, Iterator):
             raise refuse(where, data, "batches that can be read once for each epoch", "Pass list(…) or a DataLoader.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..artifact import read_tensors, user_path, write_tensors
+from ..artifact import check_writable, read_tensors, user_path, write_tensors
 from ..errors import ArgumentError, ArtifactError, TrainingError
 from ..records import plain_value
 from ..spiking import kernels_used
@@ -118,7 +118,7 @@ class Training:
         self.loss, self.seen = position["loss"], position["seen"]
         self.history = history
         torch.set_rng_state(tensors["random_state"])
-        if device.type == "cuda":
+        if device.type == "cuda" and "cuda_random_state" in tensors:  # there is none of a run begun on a CPU
             torch.cuda.set_rng_state(tensors["cuda_random_state"], device)
 
 
@@ -134,6 +134,8 @@ class Keeper:
     def __init__(self, checkpoint: Checkpoint, facts: Mapping[str, Any], group: Group) -> None:
         self.checkpoint, self.facts, self.group = checkpoint, dict(facts), group
         self.path = user_path(checkpoint.file)
+        if group.leads:
+            check_writable(self.path, "Choose another place for the checkpoint.")
         self.written = time.monotonic()
         self.kernels: dict[str, str] | None = None
 
@@ -174,8 +176,9 @@ class Keeper:
         other = [name for name, value in self.facts.items() if metadata.get(name) != value]
         if other:
             raise TrainingError(
-                f"{self.path}: a checkpoint of a run with other settings, data or starting weights (its "
-                f"{' and '.join(other)} differs); expected the same. Delete it to start anew."
+                f"{self.path}: a checkpoint of a run with other settings, data, teacher or starting weights (its "
+                f"{' and '.join(other)} differs); expected the same. Give the command that it was begun with, or "
+                "delete it to start anew."
             )
         return tensors, metadata
 
@@ -222,7 +225,12 @@ def start_of(model: nn.Module, feed: Feed, batches: int) -> str:
     """Return a digest of where a run starts: the weights, the number of batches and the first of them."""
     first = next(feed.epoch(0), ())
     tensors = [first] if isinstance(first, Tensor) else [item for item in first if isinstance(item, Tensor)]
-    digest = hashlib.sha256(str(batches).encode())
-    for tensor in (*model.state_dict().values(), *tensors):
+    return digest_of((*model.state_dict().values(), *tensors), str(batches))
+
+
+def digest_of(tensors: Iterable[Tensor], *words: str) -> str:
+    """Return a digest of tensors, byte for byte, and of words."""
+    digest = hashlib.sha256("".join(words).encode())
+    for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

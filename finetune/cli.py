@@ -131,7 +131,7 @@ class Start:
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of sample order and training.")
+@click.option("--seed", type=SEED, help="Of sample order and training; a recipe's own, else 0, unless given.")
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: NETWORK-tuned.safetensors here."
 )
@@ -155,7 +155,7 @@ def finetune_command(
     train_samples: int | None,
     test_samples: int | None,
     device: str,
-    seed: int,
+    seed: int | None,
     timesteps: int | None,
     output: Path | None,
     as_json: bool,
@@ -174,6 +174,7 @@ def finetune_command(
     if data is None:
         raise click.UsageError("--data is missing: training runs on its training split. Give a data set.")
     wishes = Wishes.of(options)
+    seed = wishes.seed if seed is None else seed
     spiking = _spikes(network)
     if spiking and timesteps is not None:
         raise click.UsageError(f"-T {timesteps} came with a spiking network, whose own T stays. Leave it out.")
@@ -218,9 +219,10 @@ def _default_output(network: str, timesteps: int | None) -> Path:
 
 def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
     """Load, convert where needed, measure, train, measure, save. Return the result as plain values."""
+    begun = any(file.exists() for file in files_of(job.checkpoint))
     if job.resume is not None:
         make_folder(user_path(job.resume), "Name another with --resume.")
-        if not any(file.exists() for file in files_of(job.checkpoint)):
+        if not begun:
             terminal.notice(f"{job.resume}: there is no checkpoint yet; the run starts anew.")
     check_output(job.output, job.network, job.data)
     torch.manual_seed(job.amounts.seed)
@@ -231,7 +233,8 @@ def run_job(job: Job, wishes: Wishes, terminal: Terminal) -> dict[str, Any]:
     for notice in start.notices:
         terminal.notice(notice)
     if Group.current().leads:
-        for file in (job.save_recipe, None if job.resume is None else user_path(job.resume) / "recipe.toml"):
+        own = None if job.resume is None or begun else user_path(job.resume) / "recipe.toml"
+        for file in (job.save_recipe, own):
             if file is not None:
                 write_recipe(recipe, file)
     teacher = _teacher(job, start, recipe)
@@ -280,6 +283,10 @@ def _save(job: Job, start: Start, training: Training, tuned: Any, result: dict[s
 
 
 def _teacher(job: Job, start: Start, recipe: TrainingRecipe) -> nn.Module | None:
+    if all(schedule.distillation is None for schedule in recipe.schedules):
+        if job.teacher is not None:
+            raise click.UsageError(f"--teacher {job.teacher} came with a recipe without distillation. Leave one out.")
+        return None
     if job.teacher is None:
         features = any(schedule.distils_features for schedule in recipe.schedules)
         return start.network.prepared.model if features and isinstance(start.network, Conversion) else start.ann

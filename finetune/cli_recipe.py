@@ -186,6 +186,11 @@ class Wishes:
         return None if self.recipe is None else read_recipe(self.recipe)
 
     @property
+    def seed(self) -> int:
+        """The seed of the recipe that was named, or 0."""
+        return 0 if self._read is None else self._read.schedule.seed
+
+    @property
     def memory(self) -> Memory:
         """What the run keeps: all, unless a stage of it recomputes."""
         if self._read is None:
@@ -205,7 +210,7 @@ class Wishes:
             click.UsageError: if the epochs of the stages do not add up.
         """
         if self._read is not None:
-            return self._read
+            return self._read.seeded(seed)
         for name in ("qcfs_epochs", "qcfs_lr", "qcfs_warmup", "leak", "membrane", "reset", "distill_features"):
             if spiking and getattr(self, name) is not None:
                 raise click.UsageError(f"{_flag(name)} is for an ANN; the network spikes already. Leave it out.")
@@ -235,6 +240,12 @@ class Wishes:
                 if first > 0:
                     qcfs = self._wished(replace(gentle(first, batches, seed), lr=default_qcfs().lr), last=False)
                     return Hybrid(qcfs, last), self._wished(gentle(epochs - first, batches, seed), last=True)
+                for flag in ("qcfs_lr", "qcfs_warmup"):
+                    if getattr(self, flag) is not None:
+                        raise click.UsageError(
+                            f"{_flag(flag)} is of a stage that --epochs {epochs} has no room for. Pass --qcfs-epochs, "
+                            "or leave it out."
+                        )
         return last, self._wished(plain, last=True)
 
     def _neuron(self, start: IF | LIF) -> LMH:

@@ -56,7 +56,8 @@ class Training:
         train_in_arena(terminal)
         batches = self.batches
         terminal.notice(f"Samples: {self.inputs.training}.")
-        with terminal.stage("fine-tuning", self.recipe.epochs * len(batches)) as advance:
+        stages = self.recipe.schedules if isinstance(self.network, Conversion) else (self.recipe.schedule,)
+        with terminal.stage("fine-tuning", sum(stage.epochs for stage in stages) * len(batches)) as advance:
             return finetune(
                 self.network,
                 batches,
@@ -87,7 +88,8 @@ class Training:
         """Return what a manifest keeps of the training."""
         before = () if isinstance(self.network, Conversion) else self.network.meta.get(MANIFEST, {}).get("history", ())
         history = [*before, *(stage.to_json() for stage in tuned.stages)]
-        return {"training": self.recipe.to_json(), "history": history, "epochs": self.recipe.epochs}
+        epochs = sum(len(stage.history) for stage in tuned.stages)
+        return {"training": self.recipe.to_json(), "history": history, "epochs": epochs}
 
 
 def files_of(checkpoint: Checkpoint) -> tuple[Path, Path]:

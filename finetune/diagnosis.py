@@ -14,6 +14,8 @@ from ..qcfs import QCFS
 from ..spiking import SpikingSite
 from .history import bare_path
 
+STATISTICS = ("running_mean", "running_var")
+
 SYMBOLS = {
     "raw_threshold": "θ",
     "base_threshold": "θ",
@@ -50,8 +52,12 @@ def origin(model: nn.Module, inputs: Sequence[Tensor], target: Tensor | None) ->
 
 
 def broken_tensor(model: nn.Module) -> str | None:
-    """Return the first parameter or buffer that is not finite, in words; None if all are."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    """Return the first parameter or running statistic that is not finite, in words; None if all are.
+
+    Other buffers may be infinite by design, as masks are.
+    """
+    statistics = ((name, value) for name, value in model.named_buffers() if name.rpartition(".")[2] in STATISTICS)
+    for name, tensor in (*model.named_parameters(), *statistics):
         if not _finite(tensor):
             return named(model, name)
     return None

@@ -40,6 +40,9 @@ def with_statistics(ann: nn.Module, batches: Sequence[Any]) -> nn.Module:
 
 
 def _is_fresh(layer: nn.Module) -> bool:
-    if not isinstance(layer, _BatchNorm) or layer.num_batches_tracked is None:
+    """Whether a BatchNorm has the statistics that it was built with; weights of old files count no batches either."""
+    if not isinstance(layer, _BatchNorm) or layer.num_batches_tracked is None or layer.running_mean is None:
         return False
-    return layer.running_mean is not None and int(layer.num_batches_tracked) == 0
+    assert layer.running_var is not None
+    as_built = not layer.running_mean.any() and bool((layer.running_var == 1).all())
+    return as_built and int(layer.num_batches_tracked) == 0

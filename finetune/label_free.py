@@ -22,10 +22,10 @@ from ..arguments import check_kind, split_batch
 from ..calibrate import USUAL_CORRECTIONS, Correction, Reconstruction, changes
 from ..calibrate.correct import own_copy
 from ..convert import Conversion, refine
-from ..convert.refine import replayed
+from ..convert.refine import check_has_weights, replayed
 from ..errors import ArgumentError
 from ..records import FROM_QCFS
-from ..structures import input_count
+from ..structures import each_shape, input_count
 from .batch_norm import FrozenBatchNorm
 from .batches import EpochBatches, Feed, check_training_data
 from .hybrid import calibrated, corrected, over_frames, qcfs_network
@@ -98,10 +98,24 @@ class Unlabelled:
     source: EpochBatches
     inputs: int
 
-    def at_epoch(self, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the inputs of an epoch's batches."""
-        for batch in self.source.at_epoch(epoch):
+    def at_epoch(self, epoch: int) -> InputsAlone:
+        """Return the inputs of an epoch's batches."""
+        return InputsAlone(self.source.at_epoch(epoch), self.inputs)
+
+
+@dataclass(frozen=True)
+class InputsAlone:
+    """The inputs of batches, as many as there are."""
+
+    batches: Iterable[Any]
+    inputs: int
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for batch in self.batches:
             yield split_batch("distill: data", batch, self.inputs)[0]
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
 
 
 def distill(
@@ -145,13 +159,15 @@ def distill(
     """
     settings = LabelFree() if settings is None else settings
     check_kind("distill: conversion", conversion, Conversion, "what convert returned")
+    check_has_weights("distill", conversion)
     check_kind("distill: settings", settings, LabelFree, "LabelFree(epochs=20)")
     check_training_data(data, None)
     prepared, recipe = conversion.prepared, conversion.recipe
     feed = Feed.of(data, settings.seed, over_frames(prepared.model, recipe))
     images = list(feed.epoch(0)) if still is None else still
     train = Unlabelled(feed.source, input_count(prepared.model))
-    mixing: tuple[Mix, ...] = (Mixup(), CutMix()) if len(recipe.sample_shape) == 3 else (Mixup(),)
+    images_only = all(len(shape) == 3 for shape in each_shape(recipe.sample_shape))
+    mixing: tuple[Mix, ...] = (Mixup(), CutMix()) if images_only else (Mixup(),)
     batches = feed.count()
     watch = Watch(on_progress=on_progress, logs=logs)
     corrections, reconstruction = settings.corrections, settings.reconstruction

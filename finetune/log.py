@@ -123,6 +123,11 @@ class Log(Protocol):
         ...
 
 
+def _check_every(log: JSONLines | TensorBoard) -> None:
+    if isinstance(log.every, bool) or not isinstance(log.every, int) or log.every < 1:
+        raise ArgumentError(f"{type(log).__name__}: every is {log.every!r}; expected a whole number of at least 1.")
+
+
 @dataclass(frozen=True)
 class JSONLines:
     """One JSON object a line, appended: ``{"event": "batch" | "epoch" | "start", "stage": …, …}``.
@@ -136,6 +141,9 @@ class JSONLines:
 
     file: str | Path
     every: int = 1
+
+    def __post_init__(self) -> None:
+        _check_every(self)
 
     def open(self) -> LogWriter:
         """Open the file.
@@ -191,6 +199,9 @@ class TensorBoard:
 
     folder: str | Path
     every: int = 10
+
+    def __post_init__(self) -> None:
+        _check_every(self)
 
     def open(self) -> LogWriter:
         """Begin an event file.

@@ -65,6 +65,14 @@ def own_random_state(device: torch.device) -> Iterator[None]:
             before.restore()
 
 
+def seed_generators(loader: object, seed: int) -> None:
+    """Seed the generators of a loader's own, which draw its order in the place of the global ones."""
+    samplers = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
+    for owner in (loader, *samplers):
+        if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
+            generator.manual_seed(seed)
+
+
 def drawn(batches: Iterable[Any], seed: int) -> Iterator[Any]:
     """Yield the batches, each made under a random state of its own, which starts from ``seed``.
 

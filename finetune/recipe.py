@@ -6,7 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,13 @@ class TrainingRecipe:
     def epochs(self) -> int:
         """Return the epochs of all stages."""
         return sum(schedule.epochs for schedule in self.schedules)
+
+    def seeded(self, seed: int) -> TrainingRecipe:
+        """Return the recipe with this seed in all stages."""
+        strategy = self.strategy
+        if isinstance(strategy, Hybrid):
+            strategy = replace(strategy, qcfs=replace(strategy.qcfs, seed=seed))
+        return replace(self, strategy=strategy, schedule=replace(self.schedule, seed=seed))
 
     def on(self, device: torch.device) -> TrainingRecipe:
         """Return the recipe as a device can carry it out: in float32 where it says bfloat16 and the device has none."""

@@ -119,6 +119,13 @@ class Schedule:
             raise ArgumentError(f"epochs is {self.epochs!r}; expected a whole number of at least 1.")
         if not (0 < self.lr < math.inf and 0 <= self.neuron_lr < math.inf):
             raise ArgumentError(f"lr {self.lr} and neuron_lr {self.neuron_lr} came; expected lr > 0, neuron_lr ≥ 0.")
+        if not (0 <= self.momentum < 1 and 0 <= self.weight_decay < math.inf):
+            raise ArgumentError(
+                f"momentum {self.momentum} and weight_decay {self.weight_decay} came; expected momentum from 0 to "
+                "below 1, weight_decay ≥ 0."
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ArgumentError(f"clip_norm is {self.clip_norm}; expected a norm above 0, or None to clip nothing.")
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
             raise ArgumentError(f"warmup_steps is {self.warmup_steps!r}; expected a whole number of batches.")
         if isinstance(self.loss, type) or not (callable(self.loss) and hasattr(self.loss, "per_step")):

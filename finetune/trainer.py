@@ -18,7 +18,7 @@ from ..records import plain_value
 from ..structures import only_tensor
 from .batch_norm import check_batch_norm, set_modes, synchronised
 from .batches import EpochBatches, Feed, Inputs, MeanOverFrames, check_training_data, split, takes_frames
-from .checkpoint import Checkpoint, Keeper, Training, start_of
+from .checkpoint import Checkpoint, Keeper, Training, digest_of, start_of
 from .diagnosis import broken_tensor, origin
 from .distributed import ALONE, Group
 from .features import counterparts, mean_over_time, noted
@@ -133,6 +133,10 @@ def fit_stage(
     check_batch_norm(schedule.batch_norm, device)
     group = Group.current()
     feed = Feed.of(train, schedule.seed, model, group)
+    if val is not None:
+        first = next(iter(drawn(val, seed_of(schedule.seed, "val", 0))), None)
+        if first is not None and split("finetune: val", first, model)[1] is None:
+            raise TrainingError("validation batches have no labels; expected (x, y). Pass val=None.")
     if teacher is not None and takes_frames(model) and not takes_frames(teacher):
         teacher = MeanOverFrames(teacher)
     task = Task(stage, model, feed, val, schedule, strategy, teacher)
@@ -188,7 +192,9 @@ def run(task: Task, watch: Watch) -> list[EpochResult]:
     keeper = None
     if watch.checkpoint is not None:
         start = group.told(start_of(model, task.feed, batches))
-        facts = {**settings(schedule, task.strategy), "start": start, "processes": group.world}
+        taught = schedule.distillation is not None and task.teacher is not None
+        teacher = digest_of(task.teacher.state_dict().values()) if taught and task.teacher is not None else None
+        facts = {**settings(schedule, task.strategy), "start": start, "teacher": teacher, "processes": group.world}
         keeper = Keeper(watch.checkpoint, facts, group)
         keeper.resume(training)
     with opened(watch.logs) as writers:
@@ -197,7 +203,7 @@ def run(task: Task, watch: Watch) -> list[EpochResult]:
         while training.epoch < schedule.epochs and not _stopped(schedule, training.history):
             _epoch(task, training, stepper, reporter, keeper)
             reporter.epoch(training.history[-1])
-    _leave_result(training)
+    _leave_result(training, group)
     return training.history
 
 
@@ -313,12 +319,13 @@ def _stopped(schedule: Schedule, history: list[EpochResult]) -> bool:
     return schedule.early_stopping is not None and schedule.early_stopping.over(_accuracies(history))
 
 
-def _leave_result(training: Training) -> None:
+def _leave_result(training: Training, group: Group) -> None:
     """Leave the network that was asked for: the best, the average, or as it is."""
     if training.best is not None:
         training.model.load_state_dict(training.best)
     elif training.average is not None:
         training.model.load_state_dict(training.average.values)
+        group.share_buffers(training.model)
     training.model.eval()
 
 
@@ -336,7 +343,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any], group: Group | None = Non
         for batch in batches:
             whole, labels = split("finetune: val", batch, model)
             if labels is None:
-                raise TrainingError("validation batches have no labels; expected (x, y). Pass val=None.")
+                raise TrainingError("a validation batch has no labels; expected (x, y). Pass val=None.")
             *inputs, y = group.rows((*whole, labels), axis)
             if len(y):
                 correct += int((only_tensor(model(*inputs), "finetune").argmax(1) == y).sum())

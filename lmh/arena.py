@@ -48,7 +48,7 @@ def use_arena() -> bool:
         return False
     try:
         return bool(ctypes.CDLL(str(_library())).lmh_use_arena())
-    except (OSError, AttributeError, subprocess.SubprocessError):
+    except (OSError, AttributeError, ValueError, subprocess.SubprocessError):  # ValueError: a quote in CXX stays open
         return False
 
 

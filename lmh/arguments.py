@@ -222,6 +222,8 @@ def check_labels(where: str, labels: object, count: int) -> Tensor:
         raise refuse(f"{where}: labels y", labels, expected, "Make a tensor of them: torch.tensor(y).")
     if labels.dtype not in WHOLE or tuple(labels.shape) != (count,):
         advice = "One-hot rows become classes with y.argmax(1), a column with y.flatten()."
+        if tuple(labels.shape) == (count,):
+            advice = "Pass y.long()."
         raise refuse(f"{where}: labels y", labels, expected, advice)
     if labels.device.type != "meta" and int(labels.min()) < 0:
         raise ArgumentError(f"{where}: a label is {int(labels.min())}; expected {expected}. Drop unlabelled samples.")

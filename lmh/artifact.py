@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -69,6 +70,8 @@ def check_writable(path: Path, advice: str) -> None:
         ArtifactError: if its folder or its name allows nothing to be written.
     """
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
         with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):
             pass
     except (OSError, ValueError) as error:
@@ -78,11 +81,11 @@ def check_writable(path: Path, advice: str) -> None:
         ) from error
 
 
-def write_atomically(path: Path, data: bytes, advice: str = "Choose another place with --output.") -> None:
+def write_atomically(path: Path, data: bytes, advice: str = "Choose another place.") -> None:
     """Write a file so that at every moment either the old one or the whole new one is there.
 
     Args:
-        path: of the file.
+        path: of the file. What a link leads to is written; a device or pipe takes the bytes as they come.
         data: its bytes.
         advice: how the user names another place.
 
@@ -91,14 +94,18 @@ def write_atomically(path: Path, data: bytes, advice: str = "Choose another plac
     """
     temporary = None
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        target = path.resolve()
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+            return
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         temporary = Path(name)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        temporary.replace(target)
     except (OSError, ValueError) as error:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -119,7 +126,7 @@ def write_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, Any],
-    advice: str = "Choose another place with --output.",
+    advice: str = "Choose another place.",
 ) -> None:
     """Write tensors with JSON metadata, atomically.
 

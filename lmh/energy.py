@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .gate import Increments
 from .int8 import SpikeLayer, Thresholded
-from .op_table import CONTRACTIONS, Kind
+from .op_table import CONTRACTIONS, DROPOUT_FUNCTIONS, IDENTITY_MODULES, Kind
 from .ops import argument, kind_of, module_of, signal_input
 from .records import LayerWork
 from .spiking import PerStep, SpikingSite
@@ -80,7 +80,7 @@ def _has_one_threshold(spikes: fx.Node) -> bool:
         return not isinstance(module.neuron.granularity, PerStep)
     if isinstance(module, Increments):
         return _has_one_threshold(spikes.all_input_nodes[1])
-    if isinstance(module, Thresholded):
+    if isinstance(module, (Thresholded, *IDENTITY_MODULES)) or spikes.target in DROPOUT_FUNCTIONS:
         return _has_one_threshold(spikes.all_input_nodes[0])
     joins = spikes.target in (torch.cat, torch.concat, torch.concatenate) and argument(spikes, 1, "dim", 0) == 1
     return joins and all(_has_one_threshold(source) for source in spikes.all_input_nodes)

@@ -21,6 +21,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error, or its type's name where it says nothing.
+
+    >>> reason_of(ValueError("one")), reason_of(KeyError())
+    ('one', 'KeyError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class LMHError(Exception):
     """Root of the toolkit's errors."""
 

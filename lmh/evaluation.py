@@ -158,7 +158,7 @@ class _Score:
         return Evaluation(
             samples=self.samples,
             snn_accuracy=over(self.correct, self.labelled),
-            ann_accuracy=self.ann_correct / self.compared if self.compared and self.labelled else None,
+            ann_accuracy=self.ann_correct / self.labelled if self.compared and self.labelled else None,
             agreement=over(self.agreed, self.compared),
             output_error=self.distance / self.norm if self.norm else None,
             firing_rate=counter.firing_rates(),
@@ -177,12 +177,12 @@ class _Counter(fx.Interpreter):
         self.binary, self.tail = binary_nodes(snn), tail_nodes(snn)
         self.spikes: dict[str, Tensor] = {}
         self.chances: dict[str, int] = {}
-        self.fan_outs: dict[fx.Node, Tensor] = {}
+        self.fan_outs: dict[tuple[fx.Node, torch.Size], Tensor] = {}
         self.accumulates: dict[fx.Node, float] = {}
         self.macs: dict[fx.Node, float] = {}
         self.ann_macs: dict[fx.Node, float] = {}
-        self.analog: dict[fx.Node, float] = {}
-        self.uncounted: list[str] = []
+        self.analog: dict[tuple[fx.Node, Any], float] = {}
+        self.uncounted: dict[str, None] = {}
         self.batch = 0
 
     def count(self, inputs: Sequence[Tensor], batch: int) -> Any:
@@ -204,32 +204,34 @@ class _Counter(fx.Interpreter):
         return value
 
     def _count_analog(self, node: fx.Node, value: Any) -> None:
-        """Count what a kept node multiplies, by its shapes in the first batch."""
+        """Count what a kept node multiplies, by its shapes in the first batch of samples of this size."""
         entries = next((len(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim), 0)
         if entries == 0:
             return
-        if node not in self.analog:
-            inputs = self.fetch_args_kwargs_from_env(node)
+        inputs = self.fetch_args_kwargs_from_env(node)
+        key = node, tuple(leaf.shape[1:] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+        if key not in self.analog:
             call = partial(getattr(self, node.op), node.target)
             work = analog_macs(lambda *args, **kwargs: call(args, kwargs), module_of(node), inputs)
             if work is None:
-                self.uncounted.append(label(node))
-            self.analog[node] = (work or 0.0) / entries
-        if self.analog[node]:
-            self.ann_macs[node] = self.analog[node] * self.frames
-            self.macs[node] = self.macs.get(node, 0.0) + self.analog[node] * entries
+                self.uncounted[label(node)] = None
+            self.analog[key] = (work or 0.0) / entries
+        if self.analog[key]:
+            _add(self.ann_macs, node, self.analog[key] * self.frames * self.batch)
+            _add(self.macs, node, self.analog[key] * entries)
 
     def _count_work(self, node: fx.Node, x: Tensor, value: Tensor) -> None:
         dense = dense_macs(node, x, value)
-        self.ann_macs[node] = dense * self.frames
+        _add(self.ann_macs, node, dense * self.frames * self.batch)
         if signal_input(node) in self.binary:
-            if node not in self.fan_outs:
-                self.fan_outs[node] = fan_out(node, x)
-            work = float(((x != 0).sum(0) * self.fan_outs[node]).sum(dtype=torch.float64))
-            self.accumulates[node] = self.accumulates.get(node, 0.0) + work
+            key = node, x.shape[1:]
+            if key not in self.fan_outs:
+                self.fan_outs[key] = fan_out(node, x)
+            work = float(((x != 0).sum(0) * self.fan_outs[key]).sum(dtype=torch.float64))
+            _add(self.accumulates, node, work)
         else:
             times = 1 if node in self.tail else len(value) / self.batch
-            self.macs[node] = self.macs.get(node, 0.0) + dense * times * self.batch
+            _add(self.macs, node, dense * times * self.batch)
 
     def firing_rates(self) -> dict[str, float]:
         """Return mean spikes per neuron and step, by site."""
@@ -244,9 +246,13 @@ class _Counter(fx.Interpreter):
         return tuple(
             LayerWork(
                 label(node),
-                self.ann_macs[node],
+                self.ann_macs[node] / samples,
                 self.accumulates.get(node, 0.0) / samples,
                 self.macs.get(node, 0.0) / samples,
             )
             for node in self.ann_macs
         )
+
+
+def _add(sums: dict[fx.Node, float], node: fx.Node, work: float) -> None:
+    sums[node] = sums.get(node, 0.0) + work

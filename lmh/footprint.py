@@ -14,6 +14,7 @@ torch keeps for itself.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -30,11 +31,13 @@ from .kernels import Kernel, use_kernel
 from .time_axis import Readout, call, carry_state, takes_events, time_axis
 
 GROUPS = Path("/sys/fs/cgroup")
-GROUP_FILES = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-)
-"""The limit, what is used, and what of that the system gives back, which is files that were read."""
+OWN_GROUPS = Path("/proc/self/cgroup")
+GROUP_FILES = {
+    "": ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
+}
+"""By controller, which version 2 does not name: the limit, what is used, and what of that the system gives back, which
+is files that were read."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +148,30 @@ def _free(device: torch.device) -> float:
 
 
 def _free_of_groups() -> list[float]:
-    """Return what control groups still allow this process, for those whose files are where containers see them."""
+    """Return what the control groups of this process still allow it, for those whose files can be seen."""
     found = []
-    for most, used, parts, given_back in GROUP_FILES:
-        try:
-            limit, taken, stat = ((GROUPS / name).read_text(encoding="ascii").strip() for name in (most, used, parts))
-            files = dict(line.split() for line in stat.splitlines()).get(given_back, 0)
-            found.append(max(float(limit) - float(taken) + float(files), 0.0))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
+    for controller, (most, used, parts, given_back) in GROUP_FILES.items():
+        for group in _own_groups(controller):
+            try:
+                limit, taken, stat = (
+                    (group / name).read_text(encoding="ascii").strip() for name in (most, used, parts)
+                )
+                files = dict(line.split() for line in stat.splitlines()).get(given_back, 0)
+                found.append(max(float(limit) - float(taken) + float(files), 0.0))
+            except (OSError, ValueError):  # no such group, or "max"
+                continue
     return found
+
+
+def _own_groups(controller: str) -> list[Path]:
+    """Return the folders of this process's group and of those around it; a container sees its own as the root."""
+    root, path = GROUPS / controller, ""
+    with contextlib.suppress(OSError):
+        for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controller in controllers.split(","):
+                path = name.strip("/")
+    return [root / path, *(group for group in (root / path).parents if group.is_relative_to(root))]
 
 
 def _free_of_system() -> float:

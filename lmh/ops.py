@@ -161,6 +161,14 @@ def kind_of(node: fx.Node) -> Kind:
     return Kind.SHAPE if kind is Kind.MAXPOOL and _selects(node) else kind
 
 
+def follows_readout(node: fx.Node) -> bool:
+    """Whether a node only reshapes or selects from what a readout gives, as ``sigmoid(x).squeeze(1)`` does."""
+    if kind_of(node) is not Kind.SHAPE or len(node.all_input_nodes) != 1:
+        return False
+    (source,) = node.all_input_nodes
+    return kind_of(source) is Kind.READOUT or follows_readout(source)
+
+
 def readout_name(node: fx.Node) -> str:
     """Return what a node of kind ``READOUT`` computes: ``softmax``, ``log_softmax``, ``sigmoid`` or ``logsigmoid``."""
     module = module_of(node)

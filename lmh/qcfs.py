@@ -43,8 +43,8 @@ def quantize(x: Tensor, v_threshold: Tensor, levels: int) -> Tensor:
     tensor([0.0000, 0.2500, 0.5000, 1.0000])
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        share = (x / v_threshold).clamp(0, 1)
-        return v_threshold * (share + (_share(levels, share) - share).detach())
+        share = (_single(x) / v_threshold).clamp(0, 1)
+        return (v_threshold * (share + (_share(levels, share) - share).detach())).to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or v_threshold.requires_grad):
         return _Quantize.apply(x, v_threshold, levels)
     return _quantized(levels, x.dtype, x, v_threshold)

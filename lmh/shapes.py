@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map, tree_map_only
 
-from .errors import ArgumentError
+from .errors import ArgumentError, reason_of
 from .ops import label
 from .structures import each_shape, example_tensor, leaves_of, tensors_of
 
@@ -135,11 +135,14 @@ class _Recorder(fx.Interpreter):
         except Exception as error:
             if getattr(error, "lmh_located", False):
                 raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            located = ArgumentError(
-                f"{label(n)}: an input of shape {self._input_shapes()} does not fit ({reason}). "
-                "Pass example_input (on the command line --input-size C,H,W) of the shape that the model expects."
-            )
+            reason = reason_of(error)
+            if isinstance(error, NotImplementedError) or "meta tensor" in reason:
+                problem = f"its shape cannot be found without its values ({reason})"
+                advice = "Compute outside of the network what reads values, as .item(), float() or a branch does."
+            else:
+                problem = f"an input of shape {self._input_shapes()} does not fit ({reason})"
+                advice = "Pass example_input (on the command line --input-size C,H,W) of the shape that it expects."
+            located = ArgumentError(f"{label(n)}: {problem}. {advice}")
             located.lmh_located = True  # type: ignore[attr-defined]
             raise located from error
         self.values[n] = value

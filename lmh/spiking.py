@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from .arguments import check_kind, refuse
 from .batch_norm import PendingCurrent
 from .errors import ArgumentError, StateError
 from .fused import run_neurons
@@ -85,6 +86,13 @@ class LMH:
     reset: Reset | None = None
 
     def __post_init__(self) -> None:
+        check_kind("LMH: preset", self.preset, (IF, LIF), "IF()", "LIF(0.5)")
+        granularities = (PerLayer, PerChannel, PerStep)
+        check_kind("LMH: granularity", self.granularity, granularities, "PerLayer()", "PerChannel()", "PerStep()")
+        check_kind("LMH: ranges", self.ranges, Ranges, "Ranges()")
+        for name in ("surrogate", "reset"):
+            if isinstance(kind := getattr(self, name), type):
+                raise refuse(f"LMH: {name}", kind, "a value, not its class", f"Pass {kind.__name__}().")
         for name in COEFFICIENTS:
             preset, (low, high) = getattr(self.preset, name), getattr(self.ranges, name)
             if not low < preset < high:

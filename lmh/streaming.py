@@ -15,7 +15,7 @@ from .errors import ArgumentError, DataError
 from .eval_mode import in_eval_mode
 from .footprint import Fit, part_of
 from .op_table import Kind
-from .ops import kind_of, module_of, readout_name
+from .ops import follows_readout, kind_of, module_of, readout_name
 from .readout import MeanReadout
 from .structures import cast_floats, example_tensor, input_count, only_tensor
 from .time_axis import (
@@ -206,7 +206,7 @@ def exit_curve(snn: nn.Module, data: Iterable[Any], confidences: Sequence[float]
 @contextmanager
 def _answering(snn: nn.Module, *, carry: bool = True) -> Iterator[None]:
     """In eval mode and without gradients, from chunk to chunk; every module is as before afterwards."""
-    with in_eval_mode(snn), torch.inference_mode(), carry_state(snn) if carry else nullcontext():
+    with in_eval_mode(snn), torch.no_grad(), carry_state(snn) if carry else nullcontext():
         yield
 
 
@@ -222,7 +222,12 @@ def _certainty(where: str, snn: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return what gives the largest probability in answers [..., classes], by what the network ends in."""
     graph = next(module.graph for module in snn.modules() if isinstance(module, fx.GraphModule))
     last = next(node for node in graph.nodes if node.op == "output").all_input_nodes[-1]
-    while last.target is cast_floats or isinstance(module_of(last), Border) or kind_of(last) is Kind.OUTPUT:
+    while (
+        last.target is cast_floats
+        or isinstance(module_of(last), Border)
+        or kind_of(last) is Kind.OUTPUT
+        or follows_readout(last)
+    ):
         last = last.all_input_nodes[0]
     if kind_of(last) is not Kind.READOUT or (name := readout_name(last)) == "log_softmax":
         return lambda answers: answers.softmax(-1).amax(-1)

@@ -8,7 +8,7 @@ place of the Heaviside step.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -29,8 +29,22 @@ class Surrogate(Protocol):
         ...
 
 
+class _Positive:
+    """Numbers of a surrogate, all finite and above 0."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                name = type(self).__name__
+                raise ArgumentError(
+                    f"{name}: {item.name} is {value!r}; expected a finite number above 0. Pass {name}({item.name}="
+                    f"{item.default}), say."
+                )
+
+
 @dataclass(frozen=True)
-class Triangle:
+class Triangle(_Positive):
     """ds/du = max(0, 1 − |u|/γ)/γ, the paper's shape with its width scaled by the threshold (ours).
 
     >>> Triangle(gamma=1.0)(torch.tensor([-1.0, -0.5, 0.0, 2.0]))
@@ -50,7 +64,7 @@ class Triangle:
 
 
 @dataclass(frozen=True)
-class Rectangle:
+class Rectangle(_Positive):
     """ds/du = 1/(2γ) for |u| < γ, else 0 (Wu et al. 2018, STBP)."""
 
     gamma: float = 0.5
@@ -65,7 +79,7 @@ class Rectangle:
 
 
 @dataclass(frozen=True)
-class Sigmoid:
+class Sigmoid(_Positive):
     """ds/du = α σ(αu)(1 − σ(αu)), σ the logistic function."""
 
     alpha: float = 4.0
@@ -81,7 +95,7 @@ class Sigmoid:
 
 
 @dataclass(frozen=True)
-class Arctan:
+class Arctan(_Positive):
     """ds/du = (α/2) / (1 + (π α u/2)²) (Fang et al. 2021)."""
 
     alpha: float = 2.0
@@ -96,7 +110,7 @@ class Arctan:
 
 
 @dataclass(frozen=True)
-class Dspike:
+class Dspike(_Positive):
     """S(u) = (tanh(b u/2γ) + tanh(b/2)) / (2 tanh(b/2)) for |u| < γ, its slope outside 0 (Li et al., NeurIPS 2021).
 
     A small temperature b makes it a ramp, a large one a step. The authors write it for potentials in (0, 1) with the
@@ -112,13 +126,6 @@ class Dspike:
 
     temperature: float = 3.0
     gamma: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (0 < self.temperature < math.inf and 0 < self.gamma < math.inf):
-            raise ArgumentError(
-                f"Dspike: temperature {self.temperature} and gamma {self.gamma} came; expected finite numbers above 0. "
-                "Pass Dspike(temperature=3.0), say."
-            )
 
     def __call__(self, u: Tensor) -> Tensor:
         """Return ds/du at ``u``."""

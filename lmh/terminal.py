@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import rich.table
@@ -37,13 +38,14 @@ class Terminal:
 
     def __init__(self, *, results: bool = True) -> None:
         quiet = verbosity() is Verbosity.QUIET
-        self.log = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=quiet)
+        plain = partial(Console, markup=False, highlight=False)  # names may have brackets
+        self.log = plain(stderr=True, soft_wrap=not sys.stderr.isatty(), quiet=quiet)
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
-        self.out = Console(highlight=False, width=width, quiet=not results)
+        self.out = plain(width=width, quiet=not results)
 
     def notice(self, text: str) -> None:
         """Say a sentence."""
-        self.log.print(text, markup=False)
+        self.log.print(text)
 
     def stage(self, name: str, total: int | None) -> AbstractContextManager[Advance]:
         """Show the progress of one stage; the block calls ``advance(steps, note)``."""
@@ -58,8 +60,10 @@ class Terminal:
         started = time.monotonic()
         last = [""]
         if self.log.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), *counts)
-            with Progress(*columns, TextColumn("{task.fields[note]}"), console=self.log, transient=True) as progress:
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts)
+            with Progress(
+                *columns, TextColumn("{task.fields[note]}", markup=False), console=self.log, transient=True
+            ) as progress:
                 task = progress.add_task(name, total=total, note="")
 
                 def advance(steps: int, note: str = "") -> None:
@@ -118,11 +122,11 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     if result["report"]:
         console.print(f"Report: {result['report']}", soft_wrap=True)
     for export in result["exports"]:
-        console.print(f"Written: {export['file']}. {export['check']}", markup=False, soft_wrap=True)
+        console.print(f"Written: {export['file']}. {export['check']}", soft_wrap=True)
         for line in loss_lines(export["lost"]):
-            console.print(line, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
     for name, message in result["failed_exports"].items():
-        console.print(f"Not exported to {name}: {message}", markup=False, soft_wrap=True)
+        console.print(f"Not exported to {name}: {message}", soft_wrap=True)
 
 
 def loss_lines(lost: Mapping[str, Sequence[str]]) -> list[str]:
@@ -152,7 +156,7 @@ def print_fates(console: Console, result: dict[str, Any]) -> None:
         table.add_row(node["path"], node["what"], node["fate"])
     console.print(table)
     for problem in result["problems"]:
-        console.print(f"- {problem}", markup=False, soft_wrap=True)
+        console.print(f"- {problem}", soft_wrap=True)
     counts = ", ".join(f"{len(paths)} {fate}" for fate, paths in result["nodes"].items())
     console.print(f"{counts}; {len(result['problems'])} problems.")
 
@@ -215,10 +219,11 @@ def _drawn(table: Table) -> rich.table.Table:
 def _print_energy(console: Console, energy: dict[str, Any] | None) -> None:
     if energy is None:
         return
+    share = "" if energy["ratio"] is None else f": {energy['ratio']:.2f} of the ANN's energy"
     console.print(
         f"Per sample: {energy['synops'] / 1e6:.3f} M SynOps and {energy['snn_macs'] / 1e6:.3f} M MACs, "
         f"{energy['snn_pj'] / 1e6:.3f} µJ; the ANN {energy['ann_macs'] / 1e6:.3f} M MACs, "
-        f"{energy['ann_pj'] / 1e6:.3f} µJ: {energy['ratio']:.2f} of the ANN's energy."
+        f"{energy['ann_pj'] / 1e6:.3f} µJ{share}."
     )
     if energy["uncounted"]:
         console.print(f"The work of {', '.join(energy['uncounted'])} could not be counted and comes on top.")

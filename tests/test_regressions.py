@@ -6,19 +6,28 @@ import io
 from pathlib import Path
 
 import pytest
+import rich.table
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import remove_weight_norm, weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 
 import nets
-from lmh import sites, zoo
+from lmh import evaluate, footprint, sites, streamed, use_arena, zoo
+from lmh.arguments import check_labels
+from lmh.artifact import check_writable, write_atomically
 from lmh.calibrate import BatchNormStatistics, Max, Percentile, calibrate
 from lmh.calibrate.statistics import predicted_histograms
-from lmh.convert import BeforeNeuron, ReluSurgery, convert, keep, load, prepare, save
-from lmh.errors import ArtifactError, AuditError
+from lmh.convert import BeforeNeuron, Gated, ReluSurgery, convert, keep, load, prepare, save
+from lmh.energy import binary_nodes
+from lmh.errors import ArgumentError, ArtifactError, AuditError
 from lmh.finetune import finetune
-from lmh.qcfs import QCFS
+from lmh.ops import module_of
+from lmh.qcfs import QCFS, quantize
+from lmh.spiking import IF, LMH, PerChannel
+from lmh.surrogates import Arctan, Dspike, Rectangle, Sigmoid, Triangle
+from lmh.terminal import Terminal
 
 
 def test_calls_of_a_reused_activation_are_calibrated_apart() -> None:
@@ -211,3 +220,131 @@ def test_a_kept_layer_is_no_activation() -> None:
     x = torch.rand(16, 4)
     assert convert(net, 2, data=x, keep=["0"]).report.spiking_coverage == 1
     assert convert(net, 2, data=x, keep=["1"]).report.spiking_coverage == 0.5
+
+
+def test_batches_of_several_image_sizes_are_counted_each_by_its_own() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+    small, large = torch.rand(4, 1, 8, 8), torch.rand(12, 1, 12, 12)
+    snn = convert(net, 2, data=small).snn
+    both, *each = (evaluate(snn, batches, ann=net).layers for batches in ([small, large], [small], [large]))
+    for layer, first, second in zip(both, *each, strict=True):
+        for name in ("ann_macs", "accumulates", "macs"):
+            assert getattr(layer, name) == pytest.approx((getattr(first, name) + 3 * getattr(second, name)) / 4)
+
+
+def test_a_network_of_a_labelled_and_an_unlabelled_batch_has_the_accuracy_of_the_first() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.rand(32, 4)
+    result = evaluate(convert(net, 2, data=x).snn, [(x, net(x).argmax(1)), x], ann=net)
+    assert result.ann_accuracy == 1.0
+
+
+def test_weights_that_a_hook_computes_are_refused() -> None:
+    net = nn.Sequential(weight_norm(nn.Linear(4, 4)), nn.ReLU())
+    with pytest.raises(
+        ArgumentError, match=r"0: its weight is computed by a hook .* Call torch.nn.utils.remove_weight"
+    ):
+        convert(net, 2, data=torch.rand(4, 4))
+    remove_weight_norm(net[0])
+    assert len(sites(convert(net, 2, data=torch.rand(4, 4)).snn)) == 1
+
+
+def test_spikes_that_a_gate_lets_pass_behind_a_dropout_are_accumulated() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Dropout(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU())
+    for layers in (net, nn.Sequential(*(layer for layer in net if not isinstance(layer, nn.Dropout)))):
+        snn = convert(layers, 2, data=torch.rand(4, 1, 12, 12), maxpool=Gated()).snn
+        last = [node for node in snn.graph.nodes if isinstance(module_of(node), nn.Conv2d)][-1]
+        assert last.all_input_nodes[0] in binary_nodes(snn)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"preset": IF}, r"LMH: preset is the class IF"),
+        ({"granularity": PerChannel}, r"LMH: granularity is the class PerChannel"),
+        ({"surrogate": Triangle}, r"LMH: surrogate is the class Triangle; expected a value.* Pass Triangle\(\)"),
+    ],
+)
+def test_a_class_in_the_place_of_its_value_is_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        LMH(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [Triangle, Rectangle, Sigmoid, Arctan, Dspike])
+def test_surrogates_refuse_a_width_of_none(kind: type) -> None:
+    for value in (0.0, float("nan"), "1"):
+        with pytest.raises(ArgumentError, match=rf"{kind.__name__}: \w+ is .*expected a finite number above 0"):
+            kind(value)
+
+
+def test_brackets_in_names_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    terminal.notice("Written: model[v2]-snn-T4.safetensors, a[/b]/m")
+    table = rich.table.Table("[x]", title="[title]")
+    table.add_row("[cell]")
+    terminal.out.print(table)
+    printed = capsys.readouterr()
+    assert "model[v2]-snn-T4.safetensors, a[/b]/m" in printed.err
+    assert all(word in printed.out for word in ("[x]", "[title]", "[cell]"))
+
+
+def test_answers_in_chunks_may_be_learned_from() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    x, weight = torch.rand(8, 4), torch.ones(3, requires_grad=True)
+    (streamed(convert(net, 2, data=x).snn, x) * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+    write_atomically(Path("/dev/null"), b"gone")
+    assert not Path("/dev/null").is_file()
+    with pytest.raises(ArtifactError, match=r"cannot be written \(is a folder\)"):
+        check_writable(tmp_path, "Choose another.")
+
+
+def test_a_traced_quantiser_quantises_16_bits_as_ever() -> None:
+    x = torch.linspace(-0.5, 2.0, 2001).bfloat16()
+    theta = torch.tensor(1.3)
+    traced = torch.jit.trace(lambda values: quantize(values, theta, 8), x)(x)
+    assert traced.dtype == torch.bfloat16
+    assert torch.allclose(traced, quantize(x, theta, 8), rtol=2**-7)
+
+
+def test_a_job_of_a_cluster_is_bound_by_its_own_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    for name, text in {"memory.max": "900", "memory.current": "700", "memory.stat": ""}.items():
+        (tmp_path / "job" / name).write_text(text)
+    (tmp_path / "own").write_text("1:name=systemd:/x\n0::/job/step\n")
+    monkeypatch.setattr(footprint, "GROUPS", tmp_path)
+    monkeypatch.setattr(footprint, "OWN_GROUPS", tmp_path / "own")
+    assert footprint._free_of_groups() == [200.0]
+
+
+def test_a_module_that_reads_values_is_told_so() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    net[2].register_forward_hook(lambda _module, _inputs, output: output / float(output.max()))
+    with pytest.raises(ArgumentError, match=r"2: its shape cannot be found without its values.*Compute outside"):
+        convert(net, 2, data=torch.rand(4, 4))
+
+
+def test_labels_of_another_type_are_told_to_be_whole() -> None:
+    with pytest.raises(ArgumentError, match=r"Pass y.long\(\)"):
+        check_labels("x", torch.zeros(4), 4)
+
+
+def test_a_compiler_that_cannot_be_read_leaves_all_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", 'g++ "')
+    monkeypatch.setenv("LMH_HOME", str(tmp_path))
+    assert not use_arena.__wrapped__()

@@ -232,7 +232,6 @@ def training_of(recipe: Recipe) -> TrainingRecipe:
     Raises:
         ArgumentError: naming a type or field that is not known, a value that its type refuses, or an idle teacher.
     """
-    from ..finetune import Hybrid
     from ..finetune.recipe import TrainingRecipe
 
     training = TrainingRecipe.from_json({"type": "TrainingRecipe", **recipe.training}, recipe.name)
@@ -241,16 +240,9 @@ def training_of(recipe: Recipe) -> TrainingRecipe:
             f"{recipe.name}: has the teacher {recipe.teacher} and no distillation; expected both or neither. Leave out "
             'teacher, or distillation = "none".'
         )
-    strategy = training.strategy
-    if isinstance(strategy, Hybrid):
-        strategy = replace(strategy, qcfs=replace(strategy.qcfs, seed=recipe.seed))
-    own = "augmentation" in recipe.training
-    return replace(
-        training,
-        strategy=strategy,
-        schedule=replace(training.schedule, seed=recipe.seed),
-        augmentation=training.augmentation if own else architecture(recipe.architecture).augmentation,
-    )
+    if "augmentation" not in recipe.training:
+        training = replace(training, augmentation=architecture(recipe.architecture).augmentation)
+    return training.seeded(recipe.seed)
 
 
 def _checkpoint(path: Path) -> Path:

@@ -97,7 +97,9 @@ class Comparison:
 
 def compare(got: Sequence[Tensor], expected: Sequence[Tensor]) -> Comparison:
     """Compare a file's answers with the network's, one tensor [N, C] for each batch."""
-    file, network = (torch.cat([batch.flatten(1).double() for batch in batches]) for batches in (got, expected))
+    file, network = (
+        torch.cat([batch.reshape(len(batch), -1).double() for batch in batches]) for batches in (got, expected)
+    )
     differences, scale = (file - network).abs().mean(1), float(network.abs().mean())
     return Comparison(
         len(network),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ...artifact import user_path, write_atomically
-from ...errors import ArtifactError
+from ...errors import ArtifactError, reason_of
 from ..deploy import deployed, random_inputs, required_shape
 from ..files import EXPORT_MARK
 from ..pipeline import Conversion
@@ -59,7 +59,13 @@ def export_onnx(
     except ImportError:
         check = f"Well-formed by onnx {onnx.__version__}; to run it too: pip install 'lmh-convert[onnx]'."
     else:
-        comparison = beside_the_network(_session(runtime, data), network, shape)
+        try:
+            comparison = beside_the_network(_session(runtime, data), network, shape)
+        except Exception as error:  # onnxruntime has errors of its own kinds
+            raise ArtifactError(
+                f"{path}: not written, as onnxruntime {runtime.__version__} cannot run it ({reason_of(error)}); "
+                "expected operators and types that it has, such as float32. Export network.float()."
+            ) from error
         check = comparison.text(f"onnxruntime {runtime.__version__}")
         if not comparison.agrees:
             raise ArtifactError(f"{path}: not written, as it answers differently. {check}")
@@ -78,7 +84,7 @@ def _onnx_bytes(path: Path, model: fx.GraphModule, shape: Sequence[Any]) -> byte
                 dynamic_shapes=batch_axes(model, len(examples)),
             )  # fmt: skip
     except Exception as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = reason_of(error.__cause__ or error)
         raise ArtifactError(
             f"{path}: torch.onnx cannot express {type(model).__name__} ({reason}); expected operators that ONNX has. "
             "Export to pt2 instead."

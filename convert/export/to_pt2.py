@@ -61,7 +61,9 @@ def beside_the_network(
         inputs = random_inputs(snn, sample_shape, batch, seed)
         with torch.no_grad():
             for answers, outputs in ((got, answer(*inputs)), (expected, tensors_of(snn(*inputs)))):
-                answers.append(torch.cat([output.flatten(1) for output in outputs if output.shape[:1] == (batch,)], 1))
+                answers.append(
+                    torch.cat([output.reshape(batch, -1) for output in outputs if output.shape[:1] == (batch,)], 1)
+                )
     return compare(got, expected)
 
 

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ...artifact import is_there
-from ...errors import SourceError, UnsafePickleError
+from ...errors import SourceError, UnsafePickleError, reason_of
 from .importer import modules_from_export
 from .quiet import quiet
 
@@ -128,7 +128,7 @@ def _versions(header: dict[str, Any]) -> str:
 
 
 def _unreadable(path: Path, header: dict[str, Any], error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = reason_of(error)
     return (
         f"{path}: torch.export.load cannot read it ({reason}); {_versions(header)}; expected a whole file of "
         "torch.export.save. Export it again with this torch; if it names an operator of another package, import that "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from ...errors import ArgumentError, AuditError
+from ...errors import ArgumentError, AuditError, reason_of
 from ...structures import POSITIONAL, leaves_of
 from .importer import modules_from_export
 from .leaves import in_the_table, restore_leaves
@@ -141,7 +141,7 @@ def _check_runs(model: nn.Module, examples: tuple[Tensor, ...], cause: Exception
         where = users_line(error) or type(model).__name__
         shapes = ", ".join(str(["N", *x.shape[1:]]) for x in examples)
         raise ArgumentError(
-            f"{where}: the model cannot be run on an input of shape {shapes} ({_reason(error)}). "
+            f"{where}: the model cannot be run on an input of shape {shapes} ({reason_of(error)}). "
             "Pass example_input (on the command line --input-size C,H,W) of the shape that the model expects."
         ) from cause
 
@@ -162,13 +162,9 @@ def _refusal(errors: list[Exception]) -> str:
             "Move the decision out of forward, or use torch.where."
         )
     return (
-        f"{where} can be followed neither by torch.fx nor by torch.export ({_reason(errors[0])}); expected tensor "
+        f"{where} can be followed neither by torch.fx nor by torch.export ({reason_of(errors[0])}); expected tensor "
         "operations of torch. Rewrite that line with them, or put it into a module of its own and give that a rule."
     )
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def users_line(error: Exception) -> str | None:

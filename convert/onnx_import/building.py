@@ -14,7 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...errors import SourceError
+from ...errors import SourceError, reason_of
 from ...structures import INPUT_SIZE
 from .fold import fold
 from .naming import Paths, identifier, path_of_constant, path_of_node, path_of_weight
@@ -133,9 +133,7 @@ class _Builder:
             self.problems.append(f"{_label(node)}: {error}.")
             outputs = None
         except Exception as error:  # what a file that contradicts itself makes NumPy, onnx and torch raise
-            self.problems.append(
-                f"{_label(node)}: its attributes and inputs do not fit together ({_first_line(error)})."
-            )
+            self.problems.append(f"{_label(node)}: its attributes and inputs do not fit together ({reason_of(error)}).")
             outputs = None
         if outputs is None:
             self._broken.update(node.output)
@@ -309,7 +307,7 @@ class _Writer:
                 target = call.target.eval() if isinstance(call.target, nn.Module) else call.target
                 return target(*args, **kwargs)
         except Exception as error:  # torch raises whatever it likes on shapes and types that do not fit
-            raise self._misfit(trial, _first_line(error)) from error
+            raise self._misfit(trial, reason_of(error)) from error
 
     def _misfit(self, trial: int, reason: str) -> UnsupportedFormError:
         if trial == 0:
@@ -350,10 +348,6 @@ def _held(tensor: TensorProto) -> Constant:
 
 def _label(node: NodeProto) -> str:
     return f"{node.name or next(iter(node.output), '')} ({node.op_type})"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _attribute(found: Any) -> Any:

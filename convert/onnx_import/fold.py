@@ -9,6 +9,7 @@ import numpy as np
 from onnx import NodeProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from ...errors import reason_of
 from .values import FIXED_BATCH_ADVICE, Constant, Sizes, UnsupportedFormError, Value
 
 CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
@@ -58,7 +59,7 @@ def fold(node: NodeProto, inputs: Sequence[Value | None], opsets: Mapping[str, i
         try:
             runs.append(_computed(evaluator, node, [_array(value, trial) for value in inputs]))
         except Exception as error:  # the reference raises whatever NumPy does
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = reason_of(error)
             if trial:
                 raise UnsupportedFormError(
                     f"its constants fit one batch size only, that of the file ({reason}); {FIXED_BATCH_ADVICE}"
