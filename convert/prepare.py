@@ -81,7 +81,7 @@ def prepare(
     ordered = {str(node.target): by_path[str(node.target)] for node in model.graph.nodes if node.target in by_path}
     fates += _added(ordered, fates, model)
     values = node_values(model, batched(sample_shape, 2))
-    flat = [node for node in values if node.target in ordered and node.op == "call_module" and values[node].ndim < 2]
+    flat = [node for node in values if node.target in ordered and values[node].ndim < 2]
     if flat:
         raise AuditError([f"{label(node)}: works on [N]; expected [N, …]. Put the squeeze behind it." for node in flat])
     channels = {path: _channels(model, path, values) for path in _spiking(ordered)}
@@ -111,6 +111,9 @@ def _audited(
 ) -> tuple[fx.GraphModule, Decisions, list[NodeFate], list[str]]:
     stand_ins = plan.surgery.stand_ins if plan.surgery else ()
     model = trace(ann, {**dict.fromkeys(stand_ins, as_neuron), **plan.rules}, sample_shape)
+    for node in model.graph.find_nodes(op="placeholder"):
+        if hasattr(model, node.target):  # modules are found by their paths, so none is called as an input is
+            node.target = f"{node.target}_input"
     problems = make_functional(model)
     model.graph.eliminate_dead_code()
     model.recompile()
@@ -140,7 +143,7 @@ def _added(activations: Mapping[str, Any], fates: Sequence[NodeFate], model: fx.
 
 def _channels(model: fx.GraphModule, path: str, values: Mapping[fx.Node, Any]) -> int | None:
     """Return the size of axis 1 where that is the channel axis; a linear layer on [N, …, C] has it last."""
-    (node,) = (node for node in model.graph.nodes if node.op == "call_module" and node.target == path)
+    (node,) = (node for node in model.graph.nodes if node.target == path)
     shape, current = values[node].shape, node
     while kind_of(current) not in (Kind.SYNAPSE, Kind.INPUT) and current.all_input_nodes:
         current = signal_input(current)
