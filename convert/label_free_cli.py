@@ -105,8 +105,8 @@ class LabelFreeWork:
             )
         if distill and options["calibration"]:
             raise click.UsageError(
-                "--distill trains a quantised network first, whose thresholds MinError finds, so that --calibration would "
-                "not count. Leave one out."
+                "--distill trains a quantised network first, whose thresholds MinError finds, so that --calibration "
+                "would not count. Leave one out."
             )
         auto = not (options["calibration"] or corrections or reconstruct or distill or options["epochs"])
         if budget is not None and not auto:

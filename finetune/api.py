@@ -82,6 +82,8 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune a spiking network in place, or make one of an ANN: all weights, θ, v_init, λ and μ learn.
 
+    Weights that are frozen (``requires_grad=False``), in an ANN too, stay as they are.
+
     Args:
         network: a spiking network from :func:`lmh.convert.convert` or :func:`lmh.convert.load`, trained in place; or an
             ANN, which is not changed and needs ``timesteps``; or a :class:`lmh.convert.Conversion`, which says all that

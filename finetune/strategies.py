@@ -218,7 +218,9 @@ class Hybrid(_AllLearn):
 
     The paper converts a QCFS network and trains it by STBP (Hao et al., ICLR 2024, Table 2). Here any ReLU network gets
     its QCFS activations, with a θ per channel from calibration, and is trained with them for a few epochs first; that
-    costs an ANN's epoch each, not T times as much. A network that spikes already is trained by ``then`` alone.
+    costs an ANN's epoch each, not T times as much. It starts from the ANN, so of a conversion that was corrected or
+    calibrated otherwise nothing is left; ``STBP()`` keeps that. A network that spikes already is trained by ``then``
+    alone.
 
     Attributes:
         qcfs: schedule of the QCFS stage.
