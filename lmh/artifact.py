@@ -23,6 +23,7 @@ from .errors import ArtifactError
 FORMAT = "lmh-snn"
 VERSION = 1
 MANIFEST_KEYS = ("recipe", "calibration", "source", "sites", "structure")
+ANOTHER_PLACE = "Choose another place, on the command line with --output."
 
 
 def user_path(text: str | Path) -> Path:
@@ -81,7 +82,7 @@ def check_writable(path: Path, advice: str) -> None:
         ) from error
 
 
-def write_atomically(path: Path, data: bytes, advice: str = "Choose another place.") -> None:
+def write_atomically(path: Path, data: bytes, advice: str = ANOTHER_PLACE) -> None:
     """Write a file so that at every moment either the old one or the whole new one is there.
 
     Args:
@@ -126,7 +127,7 @@ def write_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, Any],
-    advice: str = "Choose another place.",
+    advice: str = ANOTHER_PLACE,
 ) -> None:
     """Write tensors with JSON metadata, atomically.
 

@@ -24,6 +24,8 @@ from . import figures
 from .records import NetworkReport
 from .tables import facts_text, node_table, site_table
 
+ANOTHER = "Choose another place for the page."
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -87,8 +89,8 @@ def write_report(report: NetworkReport, file: str | Path) -> tuple[Path, Path]:
     """
     page = page_file(file)
     values = page.with_name(f"{page.name}.json")
-    write_atomically(page, report_page(report).encode())
-    write_atomically(values, json.dumps(report.to_json(), default=str).encode())
+    write_atomically(page, report_page(report).encode(), ANOTHER)
+    write_atomically(values, json.dumps(report.to_json(), default=str).encode(), ANOTHER)
     return page, values
 
 
