@@ -4,14 +4,14 @@
     python benchmarks/torchvision_coverage.py --log coverage.jsonl --table docs/torchvision.md
     python benchmarks/torchvision_coverage.py --models resnet18,vgg11
     python benchmarks/torchvision_coverage.py --quick                 # four small models, T = 4 and 8
-    python benchmarks/torchvision_coverage.py --maxpool before        # the toolkit's default, not gated max-pools
+    python benchmarks/torchvision_coverage.py --maxpool before        # all before the neurons, not gated
 
 A model is fully spiking, or spiking with surgery (coverage in %), or refused (first reason). The two largest are only
 prepared, on the meta device, as several copies of their weights would take more than 8 GB.
 
 Fully spiking models are compared with their ANN on 16 different inputs, 64×64 pixels or the model's smallest input:
 the cosine of both outputs after each one's mean over the batch is subtracted, at every T asked for, from one network
-calibrated for the largest. Max-pools are gated, which adds no error; with the default, before the neuron, the maximum
+calibrated for the largest. Max-pools are gated, which adds no error; with ``--maxpool before`` the maximum
 of currents that vary in time is too large, and where the values of a window are close, as at random weights, that
 error does not vanish with T. Beside it: the wrong twin, the same network with every threshold divided by 4, at the
 largest T, and the ANN with its activations rounded to T levels (QCFS with the same thresholds), which no network of

@@ -13,6 +13,7 @@ import click
 import torch
 from torch import fx, nn
 
+from .. import __version__
 from ..artifact import check_writable, is_there, user_path
 from ..calibrate import Policy
 from ..cli import command_line, run
@@ -77,6 +78,7 @@ class Job:
 
 
 @click.command("lmh-convert", context_settings={"max_content_width": 100})
+@click.version_option(__version__, prog_name="lmh-convert")
 @click.argument("source")
 @click.option("--timesteps", "-T", type=click.IntRange(1, MAX_TIMESTEPS), required=True, help="Time steps T.")
 @click.option("--data", metavar="SPEC", help=DATA_HELP)
@@ -88,7 +90,12 @@ class Job:
 @click.option("--mean", type=NumbersType(float, "0.5,0.5,0.5"), metavar="R,G,B", help="Mean of pixels in [0, 1].")
 @click.option("--std", type=NumbersType(float, "0.2,0.2,0.2"), metavar="R,G,B", help="Deviation of pixels in [0, 1].")
 @click.option(
-    "--finetune", "epochs", type=click.IntRange(0, 30), default=0, metavar="EPOCHS", help="STBP epochs, at most 30."
+    "--finetune",
+    "epochs",
+    type=click.IntRange(0, 30),
+    default=0,
+    metavar="EPOCHS",
+    help="Train with labels, at most 30 epochs; from 3 on a third of them in a QCFS stage of the ANN.",
 )
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to run."

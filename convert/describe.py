@@ -13,7 +13,7 @@ from torch import nn
 
 from .. import zoo
 from ..artifact import file_digest
-from ..errors import LMHError
+from ..errors import LMHError, SourceError, reason_of
 from ..structures import input_count
 from ..zoo.models import model_names, packaged
 from ..zoo.registry import TORCHVISION
@@ -170,5 +170,9 @@ def _operators(path: Path, kind: FileKind) -> dict[str, int]:
             graph = importlib.import_module("nir").read(path)
         except ImportError:
             return {}
+        except (OSError, KeyError) as error:
+            raise SourceError(
+                f"{path}: a NIR graph that cannot be read ({reason_of(error)}); expected a whole one. Write it again."
+            ) from error
         return dict(Counter(type(node).__name__ for node in graph.nodes.values()).most_common())
     return {}

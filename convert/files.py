@@ -55,7 +55,12 @@ def kind_of_file(path: Path) -> FileKind:
     if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return FileKind.SAFETENSORS
     if head.startswith(HDF5):
-        return FileKind.NIR
+        content = path.read_bytes()
+        if b"nodes" in content and b"edges" in content:
+            return FileKind.NIR
+        raise SourceError(
+            f"{path}: an HDF5 file, as Keras writes, and no NIR graph; expected {EXPECTED}. Export the network to ONNX."
+        )
     if head[:1] == b"\x80":
         return FileKind.TORCH_LEGACY
     from .onnx_import import is_onnx  # onnx is slow to import, and few files need it

@@ -247,6 +247,12 @@ class _Automatic:
         """Return as many images as memory has room for, or None where corrections cost too much or have too few."""
         count, indices = images.still.count, images.still.indices
         assert indices is not None
+        if count < LEAST_SAMPLES:
+            self.terminal.notice(
+                f"auto leaves corrections out: they need {LEAST_SAMPLES} samples besides those held out, and there are "
+                f"{count}. Give more images, or name --correct weights --correct thresholds."
+            )
+            return None
         fitting = min(count, int(count * MEMORY / max(_cost(conversion, images).memory, 1)))
         if fitting < LEAST_SAMPLES:
             self.terminal.notice(

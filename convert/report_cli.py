@@ -232,6 +232,6 @@ def source_ann(
         found = load_again(name, record, trust_pickle=trust_pickle, modules=modules)
     except LMHError as error:
         return None, [f"The source ANN is not at hand, so it is not measured: {error}"]
-    if record["sha256"] not in (None, found.digest):
+    if found.digest is not None and record["sha256"] not in (None, found.digest):
         return None, [f"{name} has changed since the conversion, so the ANN is not measured."]
     return found.model, []

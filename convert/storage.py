@@ -20,7 +20,7 @@ from ..records import Calibration, frozen_value, plain_value
 from ..resets import AttachedReset, DetachedReset
 from ..spiking import IF, LIF, LMH, PerChannel, PerLayer, PerStep, Ranges, SpikingSite, sites
 from ..surrogates import Arctan, Dspike, Rectangle, Sigmoid, Triangle
-from ..zoo.registry import architecture
+from ..zoo.registry import TORCHVISION, architecture
 from .files import check_saved
 from .loading import load_again
 from .maxpool import AveragePool, BeforeNeuron, Gated, WhereExact
@@ -319,6 +319,8 @@ def _architecture(
                 f"{path}: source= is {described(source)}; expected a module or the path of its file. "
                 "Pass the network that was converted."
             )
+        if str(source).startswith(("zoo:", TORCHVISION)):
+            return load_again(str(source), record).model
         file = user_path(source)
         digest = file_digest(file) if is_there(file) and file.is_file() else None
         if record["sha256"] is not None and digest is None:

@@ -23,11 +23,12 @@ from ..convert.pipeline import Conversion, convert, single_frames
 from ..convert.report_cli import source_ann, stored_preprocessing
 from ..convert.spike import EventFrames
 from ..convert.storage import MANIFEST, load, save
-from ..errors import ArgumentError, DataError
+from ..errors import ArgumentError, DataError, reason_of
 from ..records import plain_value
 from ..results import describe_network
+from ..structures import only_tensor
 from ..terminal import Terminal, print_result
-from ..time_axis import MAX_TIMESTEPS
+from ..time_axis import MAX_TIMESTEPS, takes_events
 from ..verbosity import verbosity_options
 from ..zoo.data import check_kind_of_data
 from .checkpoint import Checkpoint
@@ -291,7 +292,29 @@ def _teacher(job: Job, start: Start, recipe: TrainingRecipe) -> nn.Module | None
         features = any(schedule.distils_features for schedule in recipe.schedules)
         return start.network.prepared.model if features and isinstance(start.network, Conversion) else start.ann
     found = load_source(job.teacher, trust_pickle=job.trust_pickle, modules=job.modules)
+    _check_teacher(job.teacher, found.model.eval(), start)
     return found.model.to(job.device)
+
+
+def _check_teacher(name: str, teacher: nn.Module, start: Start) -> None:
+    """Refuse a teacher of other inputs or outputs before anything is measured."""
+    assert start.inputs.train is not None
+    x = next(iter(replace(start.inputs.train, batch_size=2)))[0]
+    if takes_events(start.snn):
+        x = x.flatten(0, 1)
+    wanted = start.record["num_classes"]
+    try:
+        with torch.no_grad():
+            outputs = only_tensor(teacher(x), "finetune").shape[-1]
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise click.UsageError(
+            f"--teacher {name} cannot take what the network takes, {list(x.shape[1:])} ({reason_of(error)}). Name one "
+            "for the same data."
+        ) from error
+    if wanted is not None and outputs != wanted:
+        raise click.UsageError(
+            f"--teacher {name} has {outputs} outputs and the network {wanted}. Name one for the same data."
+        )
 
 
 def _from_ann(job: Job, wishes: Wishes, terminal: Terminal) -> tuple[Start, TrainingRecipe]:

@@ -240,12 +240,13 @@ class Wishes:
                 if first > 0:
                     qcfs = self._wished(replace(gentle(first, batches, seed), lr=default_qcfs().lr), last=False)
                     return Hybrid(qcfs, last), self._wished(gentle(epochs - first, batches, seed), last=True)
-                for flag in ("qcfs_lr", "qcfs_warmup"):
-                    if getattr(self, flag) is not None:
-                        raise click.UsageError(
-                            f"{_flag(flag)} is of a stage that --epochs {epochs} has no room for. Pass --qcfs-epochs, "
-                            "or leave it out."
-                        )
+                if self.strategy == "hybrid":
+                    raise click.UsageError(
+                        f"--strategy hybrid has no room for its QCFS stage in --epochs {epochs}: it takes a third of "
+                        "them, or --qcfs-epochs. Pass that, more epochs, or --strategy stbp."
+                    )
+            case "hybrid" if self.strategy is not None:
+                raise click.UsageError("--strategy hybrid is for an ANN; the network spikes already. Take stbp.")
         return last, self._wished(plain, last=True)
 
     def _neuron(self, start: IF | LIF) -> LMH:

@@ -98,6 +98,15 @@ def test_every_model_of_the_digits_is_what_its_card_says(name: str) -> None:
         assert card.energy["snn_pj"] < card.energy["ann_pj"]
 
 
+@pytest.mark.parametrize("name", [name for name in PACKAGED if isinstance(zoo.model_card(name), SpikingCard)])
+def test_every_spiking_network_of_the_package_knows_its_ann(name: str) -> None:
+    manifest = convert.load(f"zoo:{name}").meta["lmh_manifest"]
+    for network in (manifest["source"]["name"], manifest["teacher"]):
+        assert zoo.model_card(network.removeprefix("zoo:")).data == zoo.model_card(name).data
+    ann = zoo.load(manifest["source"]["name"].removeprefix("zoo:"))
+    assert isinstance(convert.load(f"zoo:{name}", source=ann), torch.nn.Module)
+
+
 def test_models_are_listed_by_family_data_and_steps() -> None:
     packaged = zoo.list_models()
     succeed("zoo", "add", published(trained()))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
+import click
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,11 +137,15 @@ def test_a_seed_reaches_the_training_of_a_recipe(tmp_path: Path, monkeypatch: py
         assert (manifest["seed"], manifest["training"]["schedule"]["seed"], manifest["epochs"]) == (seed, seed, 1)
 
 
-def test_flags_of_a_stage_without_room_are_refused() -> None:
-    wishes = Wishes(epochs=2, strategy="hybrid", qcfs_lr=0.5)
+def test_a_hybrid_without_room_for_its_stage_is_refused() -> None:
+    wishes = Wishes(epochs=2, strategy="hybrid")
     batches = zoo.Batches(zoo.load_data("digits").train, zoo.card("digits-cnn").preprocessing)
-    with pytest.raises(Exception, match=r"--qcfs-lr is of a stage that --epochs 2 has no room for"):
-        wishes.recipe_for(spiking=False, batches=batches, seed=0)
+    for spiking, words in (
+        (False, "has no room for its QCFS stage in --epochs 2"),
+        (True, "the network spikes already"),
+    ):
+        with pytest.raises(click.UsageError, match=words):
+            wishes.recipe_for(spiking=spiking, batches=batches, seed=0)
 
 
 def test_thresholds_by_channel_are_not_averaged_over_channels() -> None:

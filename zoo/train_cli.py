@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..finetune.recipe import TrainingRecipe
 
 EMBEDDED = ("digits",)
+CLASSES = {"cifar10": 10, "cifar100": 100, "tinyimagenet": 200}
 CHECKPOINT_MINUTES = 10.0
 
 
@@ -310,4 +311,11 @@ def _data_spec(recipe: Recipe, given: str | None) -> str:
 def _opened(recipe: Recipe, spec: str) -> DataSet:
     preprocessing = architecture(recipe.architecture).preprocessing
     check_kind_of_data(spec, preprocessing)
-    return load_data(spec, input_size=preprocessing.input_size, timesteps=recipe.timesteps)
+    data = load_data(spec, input_size=preprocessing.input_size, timesteps=recipe.timesteps)
+    wanted = CLASSES.get(recipe.data, len(data.classes))
+    if len(data.classes) != wanted:
+        raise ArgumentError(
+            f"{spec}: has {len(data.classes)} classes; expected the {wanted} of {recipe.data}, which {recipe.name} is "
+            "trained on. Name that data set, or write a recipe of your own."
+        )
+    return data
