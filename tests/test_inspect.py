@@ -112,7 +112,7 @@ def test_an_export_to_onnx_says_what_it_is_and_is_no_source() -> None:
     snn = convert(zoo.load("digits-cnn"), 2, example_input=torch.zeros(1, 1, 8, 8))
     export_onnx(snn, "net.onnx")
     export_pt2(snn, "net.pt2")
-    Path("net.nir").write_bytes(b"\x89HDF\r\n\x1a\n and more")
+    Path("net.nir").write_bytes(b"\x89HDF\r\n\x1a\n with nodes and edges")
     assert "convert the ANN that it came from" in inspected("net.onnx")["problem"]
     for file in ("net.onnx", "net.pt2", "net.nir"):
         with pytest.raises(SourceError, match=rf"{file}: is an export of a spiking network.*convert the ANN"):
