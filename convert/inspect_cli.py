@@ -56,7 +56,9 @@ def inspect_command(file: str, as_json: bool, **options: Any) -> None:
         click.echo(f"answer: {readout.text(recipe['timesteps'])}")
     click.echo(f"calibration: {manifest['calibration']['policy']}, {manifest['calibration']['samples']} samples")
     click.echo(f"sites: {', '.join(manifest['sites'])}")
-    for key in ("metrics", "epochs", "seed", "data", "samples", "command", "versions"):
+    if accuracies := _accuracies(manifest.get("metrics") or {}):
+        click.echo(accuracies)
+    for key in ("epochs", "seed", "data", "samples", "command", "versions"):
         if key in manifest:
             click.echo(f"{key}: {_text(manifest[key])}")
 
@@ -74,6 +76,15 @@ def is_spiking(path: Path) -> bool:
         return kind_of_file(path) is FileKind.SAFETENSORS and read_tensors(path)[1].get("format") == FORMAT
     except (SourceError, ArtifactError):
         return False
+
+
+def _accuracies(metrics: dict[str, Any]) -> str:
+    """Return what a network was measured at as a line; nothing where it was not."""
+    if not metrics.get("snn_accuracy"):
+        return ""
+    ann = "" if metrics.get("ann_accuracy") is None else f"; its ANN {100 * metrics['ann_accuracy']:.2f}"
+    steps = ", ".join(f"{100 * value:.2f}" for value in metrics["snn_accuracy"])
+    return f"accuracy in % at t = 1…T, n = {metrics['samples']}: {steps}{ann}"
 
 
 def _text(value: Any) -> str:

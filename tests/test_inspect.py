@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,14 @@ def test_the_users_own_class_is_read_with_module(monkeypatch: pytest.MonkeyPatch
     assert inspected("net.pt", "--module", "my_net_of_inspect")["layers"] == {"Linear": 1, "ReLU": 1}
     options = ("--module", "my_net_of_inspect", "-T", 2, "--input-size", 4, "--json", "--dry-run")
     assert succeed("convert", "net.pt", *options).result["nodes"]["converted"] == ["r"]
+
+
+def test_a_network_says_its_accuracies() -> None:
+    line = next(
+        line for line in succeed("inspect", "zoo:digits-cnn-t4").out.splitlines() if line.startswith("accuracy")
+    )
+    assert re.fullmatch(r"accuracy in % at t = 1…T, n = 360: ([\d.]+, ){3}[\d.]+; its ANN [\d.]+", line)
+    assert "Nothing fits" in succeed("zoo", "list", "--data", "nosuch").err
 
 
 def test_an_export_to_onnx_says_what_it_is_and_is_no_source() -> None:

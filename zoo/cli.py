@@ -75,6 +75,8 @@ def list_command(family: str | None, data: str | None, timesteps: int | None, as
         click.echo(f"model {name}: {_short(model_card(name))}")
     for problem in unreadable:
         click.echo(f"not readable: {problem}", err=True)
+    if not (families or recipes or anns or spiking):
+        click.echo("Nothing fits; `lmh zoo list` without options shows all that there is.", err=True)
     if family is None and data is None and timesteps is None:
         click.echo("Every torchvision classifier is there as torchvision:NAME.")
 
