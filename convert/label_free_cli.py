@@ -295,6 +295,6 @@ def _divergence(snn: nn.Module, ann: nn.Module, batches: Batches) -> float:
     for batch in batches:
         x = split_batch("auto", batch)[0][0].to(device)
         outputs = (only_tensor(network(x), "auto") for network in (ann, snn))
-        wanted, given = (output.reshape(len(x), -1).log_softmax(1) for output in outputs)
+        wanted, given = (output.reshape(len(output), -1).log_softmax(1) for output in outputs)
         total += float(F.kl_div(given, wanted, reduction="sum", log_target=True))
     return total / batches.count

@@ -55,7 +55,7 @@ def test_exact_nir_refuses_and_names_the_mode_that_does_not() -> None:
 
 def test_an_export_never_overwrites_what_was_read() -> None:
     command("convert", "zoo:digits-cnn", "-T", 2, "--output", "net.pt2")
-    status, _, err = command("export", "net.pt2", "--to", "pt2")
+    status, _, err = command("export", "net.pt2", "--to", "pt2", "--output", "net.pt2")
     assert status == 2
     assert "the network itself" in err
     Path("digits-cnn.onnx").write_bytes(b"my model")
