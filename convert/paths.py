@@ -8,7 +8,9 @@ from torch import fx, nn
 
 TIME = "time"
 """The folder that the modules of a spiking network that know of time lie in."""
-RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))
+OF_GRAPHS = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
+"""The names that a graph has for itself and for being a module."""
+RESERVED = OF_GRAPHS - frozenset(dir(nn.Module()))
 """What no part of a network can be called, as a graph has it for itself."""
 
 

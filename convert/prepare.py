@@ -111,8 +111,8 @@ def _audited(
 ) -> tuple[fx.GraphModule, Decisions, list[NodeFate], list[str]]:
     stand_ins = plan.surgery.stand_ins if plan.surgery else ()
     model = trace(ann, {**dict.fromkeys(stand_ins, as_neuron), **plan.rules}, sample_shape)
-    for node in model.graph.find_nodes(op="placeholder"):
-        if hasattr(model, node.target):  # modules are found by their paths, so none is called as an input is
+    for node in model.graph.find_nodes(op="placeholder"):  # modules are found by paths that no input may have
+        if isinstance(getattr(model, node.target, None), nn.Module):
             node.target = f"{node.target}_input"
     problems = make_functional(model)
     model.graph.eliminate_dead_code()

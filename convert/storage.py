@@ -265,7 +265,7 @@ def load_conversion(
             "one that gives the same graph. Pass that module as source=, and the conversion's own rules= if it had any."
         ) from error
     snn = conversion.snn
-    if _structure(snn) != manifest["structure"] or manifest.get("calls", calls := _calls(snn)) != calls:
+    if _structure(snn) != manifest["structure"] or manifest.get("calls") not in (None, _calls(snn)):
         raise ArtifactError(
             f"{path}: {manifest['source']['name'] or 'the source'} gives another graph than the file was made from; "
             "expected the same sites and shapes. Pass the network that was converted as source=."

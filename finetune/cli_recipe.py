@@ -240,12 +240,12 @@ class Wishes:
                 if first > 0:
                     qcfs = self._wished(replace(gentle(first, batches, seed), lr=default_qcfs().lr), last=False)
                     return Hybrid(qcfs, last), self._wished(gentle(epochs - first, batches, seed), last=True)
-                if self.strategy == "hybrid":
+                if self.strategy == "hybrid" or self.qcfs_lr is not None or self.qcfs_warmup is not None:
                     raise click.UsageError(
-                        f"--strategy hybrid has no room for its QCFS stage in --epochs {epochs}: it takes a third of "
+                        f"hybrid training has no room for its QCFS stage in --epochs {epochs}: it takes a third of "
                         "them, or --qcfs-epochs. Pass that, more epochs, or --strategy stbp."
                     )
-            case "hybrid" if self.strategy is not None:
+            case "hybrid":
                 raise click.UsageError("--strategy hybrid is for an ANN; the network spikes already. Take stbp.")
         return last, self._wished(plain, last=True)
 

@@ -98,13 +98,13 @@ class Unlabelled:
     source: EpochBatches
     inputs: int
 
-    def at_epoch(self, epoch: int) -> InputsAlone:
+    def at_epoch(self, epoch: int) -> _InputsAlone:
         """Return the inputs of an epoch's batches."""
-        return InputsAlone(self.source.at_epoch(epoch), self.inputs)
+        return _InputsAlone(self.source.at_epoch(epoch), self.inputs)
 
 
 @dataclass(frozen=True)
-class InputsAlone:
+class _InputsAlone:
     """The inputs of batches, as many as there are."""
 
     batches: Iterable[Any]

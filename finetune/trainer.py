@@ -135,8 +135,8 @@ def fit_stage(
     feed = Feed.of(train, schedule.seed, model, group)
     if val is not None:
         first = next(iter(drawn(val, seed_of(schedule.seed, "val", 0))), None)
-        if first is not None and split("finetune: val", first, model)[1] is None:
-            raise TrainingError("validation batches have no labels; expected (x, y). Pass val=None.")
+        if first is not None:
+            _labelled(first, model)
     if teacher is not None and takes_frames(model) and not takes_frames(teacher):
         teacher = MeanOverFrames(teacher)
     task = Task(stage, model, feed, val, schedule, strategy, teacher)
@@ -192,8 +192,8 @@ def run(task: Task, watch: Watch) -> list[EpochResult]:
     keeper = None
     if watch.checkpoint is not None:
         start = group.told(start_of(model, task.feed, batches))
-        taught = schedule.distillation is not None and task.teacher is not None
-        teacher = digest_of(task.teacher.state_dict().values()) if taught and task.teacher is not None else None
+        taught = None if schedule.distillation is None else task.teacher
+        teacher = None if taught is None else digest_of(taught.state_dict().values())
         facts = {**settings(schedule, task.strategy), "start": start, "teacher": teacher, "processes": group.world}
         keeper = Keeper(watch.checkpoint, facts, group)
         keeper.resume(training)
@@ -329,6 +329,14 @@ def _leave_result(training: Training, group: Group) -> None:
     training.model.eval()
 
 
+def _labelled(batch: Any, model: nn.Module) -> tuple[Inputs, Tensor]:
+    """Return the inputs and the labels of a validation batch."""
+    inputs, labels = split("finetune: val", batch, model)
+    if labels is None:
+        raise TrainingError("validation batches have no labels; expected (x, y). Pass val=None.")
+    return inputs, labels
+
+
 def accuracy(model: nn.Module, batches: Iterable[Any], group: Group | None = None, axis: int = 0) -> float:
     """Return the fraction of samples whose largest output is the label's; batches are (x, y).
 
@@ -341,9 +349,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any], group: Group | None = Non
     group, correct, count = group or ALONE, 0.0, 0.0
     with torch.no_grad():
         for batch in batches:
-            whole, labels = split("finetune: val", batch, model)
-            if labels is None:
-                raise TrainingError("a validation batch has no labels; expected (x, y). Pass val=None.")
+            whole, labels = _labelled(batch, model)
             *inputs, y = group.rows((*whole, labels), axis)
             if len(y):
                 correct += int((only_tensor(model(*inputs), "finetune").argmax(1) == y).sum())

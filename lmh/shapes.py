@@ -136,7 +136,7 @@ class _Recorder(fx.Interpreter):
             if getattr(error, "lmh_located", False):
                 raise
             reason = reason_of(error)
-            if isinstance(error, NotImplementedError) or "meta tensor" in reason:
+            if "meta tensor" in reason or "'Meta' backend" in reason:
                 problem = f"its shape cannot be found without its values ({reason})"
                 advice = "Compute outside of the network what reads values, as .item(), float() or a branch does."
             else:

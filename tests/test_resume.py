@@ -263,7 +263,9 @@ class TestTheFile:
         snn = convert(nets.two_layers(), 2, data=batches).snn
         start = copy.deepcopy(snn)
         finetune(snn, batches, epochs=1, checkpoint=tmp_path / "run")
-        with pytest.raises(TrainingError, match=r"its strategy differs\); expected the same\. Give the command"):
+        with pytest.raises(
+            TrainingError, match=r"its strategy differs\); expected the same\. Give .*delete it to start anew"
+        ):
             finetune(start, batches, epochs=1, strategy=TimeSliced(1), checkpoint=tmp_path / "run")
         with pytest.raises(TrainingError, match="its schedule differs"):
             finetune(start, batches, schedule=Schedule(epochs=1, warmup_steps=1), checkpoint=tmp_path / "run")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def in_half(card: ModelCard, path: Path, folder: Path, data: str, terminal: Term
     halves = {name: halved(name, tensor) for name, tensor in tensors.items()}
     write_tensors(small, halves, metadata)
     if isinstance(card, SpikingCard):
-        before, measured = (_of_snn(file, data, terminal) for file in (path, small))
+        before, measured = (measured_snn(file, data, terminal) for file in (path, small))
         was, now = before["snn_accuracy"], measured["snn_accuracy"]
     else:
         measured = None
@@ -73,7 +72,8 @@ def halved(name: str, tensor: Tensor) -> Tensor:
     return small if weight and bool(small.isfinite().all()) else tensor
 
 
-def _of_snn(file: Path, data: str, terminal: Terminal) -> Mapping[str, Any]:
+def measured_snn(file: Path, data: str, terminal: Terminal) -> dict[str, Any]:
+    """Return what ``lmh report --json`` prints of a spiking network."""
     from ..convert.report_cli import Request, report
 
     return report(Request(str(file), data), terminal)

@@ -14,7 +14,7 @@ from ..errors import ArgumentError, ArtifactError
 from ..terminal import Terminal
 from ..verbosity import verbosity_options
 from .cache import SUFFIX, is_whole, resting_place
-from .half_cli import in_half
+from .half_cli import in_half, measured_snn
 from .locations import parsed_location
 from .model_cards import ModelCard, card_json, card_markdown
 from .models import download, model_card, packaged, readable_cards
@@ -143,11 +143,9 @@ def publish_command(
 
 
 def _measured(path: Path, data: str, terminal: Terminal) -> dict[str, Any] | None:
-    from ..convert.report_cli import Request, report
-
     if read_tensors(path)[1].get("format") != FORMAT:
         return None
-    return report(Request(str(path), data), terminal)
+    return measured_snn(path, data, terminal)
 
 
 def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable
 
 from onnx import NodeProto
-from torch import fx, nn
 
-_RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
+from ..paths import OF_GRAPHS
+
 _WEIGHT = re.compile(r"([A-Za-z_0-9]\w*(?:\.\w+)*)\.weight")
 
 
@@ -67,7 +67,7 @@ def _noted_scopes(node: NodeProto) -> list[str]:
 
 def _sanitised(parts: list[str]) -> str:
     cleaned = [re.sub(r"\W+", "_", part).strip("_") for part in parts]
-    return ".".join(f"{part}_" if part in _RESERVED else part for part in cleaned if part)
+    return ".".join(f"{part}_" if part in OF_GRAPHS else part for part in cleaned if part)
 
 
 class Paths:
