@@ -131,14 +131,14 @@ class _Neurons(torch.autograd.Function):
         *others: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.call, ctx.sources = call, [None, None]
-        ctx.values, ctx.shapes = call.written_out(v_dendrite, *others), [other.shape for other in others]
-        output, *last = call.forward(_given(x, shortcut, mean, deviation, gain, bias), ctx.values)
+        values, ctx.shapes = call.written_out(v_dendrite, *others), [other.shape for other in others]
+        output, *last = call.forward(_given(x, shortcut, mean, deviation, gain, bias), values)
         if call.extra.bits:
-            unpacked = partial(call.unpacked, output.dtype, last.pop(), ctx.values[2])
+            unpacked = partial(call.unpacked, output.dtype, last.pop(), values[2])
             ctx.spikes = Spikes(output.shape, output.dtype, unpacked)
             ctx.sources = [tensor if tensor is None else source_of(tensor) for tensor in (x, shortcut)]
         kept = [None if again else tensor for tensor, again in zip((x, shortcut), ctx.sources, strict=True)]
-        ctx.save_for_backward(*kept, mean, deviation, gain, bias)
+        ctx.save_for_backward(*kept, mean, deviation, gain, bias, *values)
         ctx.mark_non_differentiable(*last)
         return output, *last
 
@@ -147,9 +147,9 @@ class _Neurons(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved_tensors
         kept = [again() if again else tensor for tensor, again in zip(saved, ctx.sources, strict=False)]
-        given = _given(*kept, *saved[2:])
+        given, values = _given(*kept, *saved[2:6]), saved[6:]
         _, current, _, _, _, _, _, _, *others = ctx.needs_input_grad
-        to_current, *found = call.backward((current or call.job.normalised, *others), grads[0], given, ctx.values)
+        to_current, *found = call.backward((current or call.job.normalised, *others), grads[0], given, values)
         to_others, sums = call.summed(found[: len(others)], ctx.shapes), found[len(others) :]
         if given.norm is None:
             return None, to_current, None, None, None, None, None, None, *to_others
