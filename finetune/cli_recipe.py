@@ -9,8 +9,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..errors import ArgumentError
 from ..resets import AttachedReset, DetachedReset, Reset
 from ..spiking import IF, LIF, LMH, PerChannel, PerStep
+from ..surrogates import Arctan, Dspike, Rectangle, Sigmoid, Surrogate, Triangle
 from ..zoo.augmentation import Augmentation, AutoAugment, Cutout, InTurn
 from ..zoo.images import Batches
 from .batch_norm import FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
@@ -39,6 +41,26 @@ _COUNT = click.IntRange(min=1)
 MIXES = {"mixup": Mixup(), "cutmix": CutMix()}
 RESETS: dict[str, Reset] = {"attached": AttachedReset(), "detached": DetachedReset()}
 BATCH_NORMS = {"live": LiveBatchNorm(), "frozen": FrozenBatchNorm(), "synced": SyncedBatchNorm()}
+SURROGATES = {kind.__name__.lower(): kind for kind in (Triangle, Rectangle, Sigmoid, Arctan, Dspike)}
+
+
+class SurrogateType(click.ParamType):
+    """A surrogate by its name, and its first number behind a colon."""
+
+    name = "surrogate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Surrogate:
+        """Return the surrogate of a text."""
+        if not isinstance(value, str):
+            return value
+        name, colon, number = value.partition(":")
+        try:
+            return SURROGATES[name](float(number)) if colon else SURROGATES[name]()
+        except (KeyError, ValueError, ArgumentError):
+            names = ", ".join(SURROGATES)
+            self.fail(f"{value!r} is none of {names}, with a number above 0 as in triangle:2.", param, ctx)
+
+
 _OPTIONS = (
     click.option("--epochs", type=_COUNT, help="In all stages together. 10 unless given."),
     click.option(
@@ -58,6 +80,11 @@ _OPTIONS = (
     click.option(
         "--reset", type=click.Choice(list(RESETS)),
         help="Whether a gradient passes the reset; attached from an IF start, detached from a LIF start, unless given.",
+    ),
+    click.option(
+        "--surrogate", type=SurrogateType(), metavar="NAME[:NUMBER]",
+        help="triangle, rectangle, sigmoid, arctan or dspike, with its γ, α or b, such as triangle:2; the neurons' own "
+        "unless given.",
     ),
     click.option("--lr", type=_RATE, help="Learning rate of the weights."),
     click.option("--neuron-lr", type=click.FloatRange(min=0), help="Learning rate of θ, v_init, λ and μ."),
@@ -114,6 +141,7 @@ class Wishes:
     leak: float | None = None
     membrane: str | None = None
     reset: str | None = None
+    surrogate: Surrogate | None = None
     lr: float | None = None
     neuron_lr: float | None = None
     warmup: int | None = None
@@ -280,6 +308,7 @@ class Wishes:
                 self.temperature or known.temperature,
                 self.distill_features or 0.0,
             ),
+            "surrogate": self.surrogate if last else None,
             "loss": self._loss() if last else CrossEntropy(self.label_smoothing or 0.0),
         }
         found = replace(schedule, **{name: value for name, value in wished.items() if value is not None})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ..arguments import check_kind, refuse
 from ..errors import ArgumentError
+from ..surrogates import Surrogate
 from .batch_norm import BatchNormMode, FrozenBatchNorm, LiveBatchNorm, SyncedBatchNorm
 from .losses import CrossEntropy, Distillation, Loss
 from .memory import KeepAll, Memory, Recompute
@@ -95,6 +96,7 @@ class Schedule:
         precision: ``Float32()`` or ``BFloat16()``.
         memory: ``KeepAll()``, or ``Recompute()``: less memory for more time, and the same weights.
         batch_norm: ``LiveBatchNorm()``, ``FrozenBatchNorm()``, or ``SyncedBatchNorm()`` over the processes of a group.
+        surrogate: ds/du while this training runs, such as ``Triangle(2.0)``; None takes the neurons' own.
     """
 
     epochs: int
@@ -113,6 +115,7 @@ class Schedule:
     precision: Precision = field(default_factory=Float32)
     memory: Memory = field(default_factory=KeepAll)
     batch_norm: BatchNormMode = field(default_factory=LiveBatchNorm)
+    surrogate: Surrogate | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
@@ -142,6 +145,8 @@ class Schedule:
         check_kind("memory", self.memory, (KeepAll, Recompute), "KeepAll()", "Recompute()")
         kinds = (LiveBatchNorm, FrozenBatchNorm, SyncedBatchNorm)
         check_kind("batch_norm", self.batch_norm, kinds, "LiveBatchNorm()", "FrozenBatchNorm()")
+        if self.surrogate is not None and (isinstance(self.surrogate, type) or not callable(self.surrogate)):
+            raise refuse("surrogate", self.surrogate, "a surrogate or None", "Pass Triangle(2.0), say.")
 
     @property
     def distils_features(self) -> bool:

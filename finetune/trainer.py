@@ -15,7 +15,9 @@ from ..arguments import check_kind, check_network
 from ..errors import ArgumentError, TrainingError
 from ..eval_mode import in_eval_mode
 from ..records import plain_value
+from ..spiking import sites
 from ..structures import only_tensor
+from ..surrogates import Surrogate
 from .batch_norm import check_batch_norm, set_modes, synchronised
 from .batches import EpochBatches, Feed, Inputs, MeanOverFrames, check_training_data, split, takes_frames
 from .checkpoint import Checkpoint, Keeper, Training, digest_of, start_of
@@ -145,6 +147,7 @@ def fit_stage(
         as_teacher(teacher, device),
         stored_for(model, schedule.precision),
         synchronised(model, schedule.batch_norm),
+        through(model, schedule.surrogate),
     ):
         return run(task, watch if group.leads else Watch(watch.checkpoint))
 
@@ -162,6 +165,31 @@ def as_checkpoint(checkpoint: Checkpoint | str | Path | None) -> Checkpoint | No
         return checkpoint
     check_kind("finetune: checkpoint", checkpoint, (str, Path), 'checkpoint="run.safetensors"')
     return Checkpoint(checkpoint)
+
+
+@contextmanager
+def through(model: nn.Module, surrogate: Surrogate | None) -> Iterator[None]:
+    """Let every neuron have this surrogate inside this block, or its own for None.
+
+    Raises:
+        ArgumentError: if there are no neurons.
+    """
+    if surrogate is None:
+        yield
+        return
+    own = {site: site.neuron for site in sites(model).values()}
+    if not own:
+        raise ArgumentError(
+            f"finetune: surrogate {surrogate} came and {type(model).__name__} has no spiking neurons; expected a "
+            "converted network. Leave it out for an ANN."
+        )
+    for site, neuron in own.items():
+        site.neuron = replace(neuron, surrogate=surrogate)
+    try:
+        yield
+    finally:
+        for site, neuron in own.items():
+            site.neuron = neuron
 
 
 @contextmanager

@@ -324,7 +324,7 @@ def test_what_is_missing_is_named(written: Written) -> None:
     np.savez("five.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     for arguments, words in (
         (("odd.toml",), r"time_norm is 'batch'; expected one of plain, tebn, tdbn"),
-        (("orphan.toml",), r"needs nobody, which is neither in out nor in the zoo.*lmh zoo train nobody"),
+        (("orphan.toml",), r"needs nobody, which is neither in out.*lmh zoo train nobody --data digits --out out"),
         (("untaught.toml",), r"untaught needs nobody, which is neither in out nor in the zoo"),
         (("idle.toml",), r"idle: has the teacher digits-cnn and no distillation; expected both or neither"),
         (("taught.toml",), r"an ANN has no teacher but the one it starts from"),

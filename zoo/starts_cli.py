@@ -40,10 +40,10 @@ def start_of(recipe: Recipe, data: DataSet, out: Path) -> str:
         facts = {"preprocessing": plain_value(preprocessing)}
         write_tensors(path, fresh(recipe, data).state_dict(), {"record": facts}, ANOTHER)
         return str(path)
-    return trained(recipe.start, recipe, out)
+    return trained(recipe.start, recipe, data, out)
 
 
-def trained(network: str, recipe: Recipe, out: Path) -> str:
+def trained(network: str, recipe: Recipe, data: DataSet, out: Path) -> str:
     """Return where a network is that a recipe names."""
     path = out / f"{network}.safetensors"
     if is_there(path):
@@ -53,7 +53,7 @@ def trained(network: str, recipe: Recipe, out: Path) -> str:
     other = "name another with --start" if network == recipe.start else "copy the recipe without its teacher"
     raise ArgumentError(
         f"{recipe.name} needs {network}, which is neither in {out} nor in the zoo. Train it first, by `lmh zoo train "
-        f"{network} --data {recipe.data} --out {out}`, or {other}."
+        f"{network} --data {data.name} --out {out}`, or {other}."
     )
 
 

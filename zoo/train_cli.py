@@ -101,7 +101,7 @@ def train_command(
         if is_there(path):  # a run that ended before its card was written
             measured = _measured(found, path, spec, terminal)
         else:
-            teacher = None if found.teacher is None else trained(found.teacher, found, out)
+            teacher = None if found.teacher is None else trained(found.teacher, found, opened, out)
             measured = train_snn(context, found, spec, start, teacher, path, device)
     made = card_of_file(found.name, path, licence=licence, measured=measured)
     made = replace(made, recipe=facts, data=found.data)

@@ -18,6 +18,7 @@ from .half_cli import in_half, measured_snn
 from .locations import parsed_location
 from .model_cards import ModelCard, card_json, card_markdown
 from .models import download, model_card, packaged, readable_cards
+from .origins_cli import with_named_origins
 from .releases import add, card_beside, card_of_file, publish
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -115,7 +116,10 @@ def add_command(address: str, as_json: bool) -> None:
 def publish_command(
     files: tuple[str, ...], out: Path, base: str | None, licence: str, data: str | None, half: bool, as_json: bool
 ) -> None:
-    """Write a release: a folder with weights, a card for each, and an index with their hashes, ready to be uploaded."""
+    """Write a release: a folder with weights, a card for each, and an index with their hashes, ready to be uploaded.
+
+    Spiking networks whose ANN or teacher is a FILE too name it by its name in the zoo.
+    """
     if half and data is None:
         raise click.UsageError("--half needs --data: what float16 changes is measured on its test split.")
     terminal = Terminal(results=not as_json)
@@ -133,10 +137,12 @@ def publish_command(
     doubled = {card.name for card, _ in cards if [other.name for other, _ in cards].count(card.name) > 1}
     if doubled:
         raise ArgumentError(f"{', '.join(sorted(doubled))}: named twice; expected a name for each. Pass NAME=FILE.")
-    with TemporaryDirectory() as smaller:
+    names = {path.absolute(): card.name for card, path in cards}
+    with TemporaryDirectory() as made:
         if half:
             assert data is not None
-            cards = [in_half(card, path, Path(smaller), data, terminal) for card, path in cards]
+            cards = [in_half(card, path, Path(made), data, terminal) for card, path in cards]
+        cards = [with_named_origins(card, path, names, Path(made)) for card, path in cards]
         index = publish(cards, out)
     lines = [f"{card.name}: {out / card.name}{SUFFIX}" for card, _ in cards] + [f"Written: {index}"]
     _print({"index": str(index), "models": [card_json(card) for card, _ in cards]}, lines, as_json)
